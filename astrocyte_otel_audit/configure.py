@@ -1,0 +1,165 @@
+"""The composition root: builds the pipeline from settings and attaches it to a tracer provider."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider as SDKTracerProvider
+from opentelemetry.trace import ProxyTracerProvider, TracerProvider
+
+from astrocyte_otel_audit import attributes, emit
+from astrocyte_otel_audit._version import __version__
+from astrocyte_otel_audit.errors import ConfigurationError
+from astrocyte_otel_audit.normalize import Normalizer
+from astrocyte_otel_audit.pipeline import AuditSampler, AuditSpanExporter, AuditSpanProcessor, SpanMapping, Storage
+from astrocyte_otel_audit.postgres import dsn_of_pool
+
+_logger = logging.getLogger(__name__)
+
+#: A record has up to 11 attributes of its own; below these limits a record, or an id in it, would be cut.
+_MIN_ATTRIBUTES = 32
+_MIN_ATTRIBUTE_LENGTH = 128
+
+_attached: WeakKeyDictionary[Any, list[AuditSpanProcessor]] = WeakKeyDictionary()
+
+
+def configure_audit(
+    *,
+    dsn: str | None = None,
+    pool: object = None,
+    storage: Storage | None = None,
+    actions: Iterable[str] | None = None,
+    mappings: Iterable[SpanMapping | str] | None = None,
+    schema: str | Callable[[], str] | None = None,
+    table: str | None = None,
+    migrate: bool | None = None,
+    normalizer: Normalizer | None = None,
+    tracer_provider: TracerProvider | None = None,
+    create_provider: bool = True,
+    max_queue_size: int | None = None,
+    schedule_delay_millis: float | None = None,
+    max_export_batch_size: int | None = None,
+    export_timeout_millis: float | None = None,
+) -> AuditSpanProcessor:
+    """Set the audit up: the sampler around the provider's own, the processor, its exporter and the table.
+
+    Returns at once, whether or not Postgres is there: the connection is made by the processor's thread, which says
+    in the log what keeps it from writing. Call it once, early: a tracer that was handed out before keeps the
+    sampler it had, but for those of this library and of the mappings.
+
+    Args:
+        dsn: connection string of the writer's role. Like every argument it falls back to its environment variable,
+            ``OTEL_ASTROCYTE_AUDIT_DSN``.
+        pool: a `psycopg_pool.ConnectionPool` in place of `dsn`.
+        storage: what keeps the records, in place of a table in Postgres.
+        actions: what is audited: actions or globs. Nothing by default, ``"*"`` for all.
+        mappings: spans of other libraries that are audited too, such as ``["astrocyte"]``.
+        schema: schema of the table, or a function to it that is called on the thread where an operation starts; the
+            schema of an `audit_scope` goes first.
+        table: name of the table.
+        migrate: create or upgrade tables, and tenants' schemas, when a record needs them.
+        normalizer: what of a payload may be stored; `Normalizer` has the defaults.
+        tracer_provider: where to attach; by default the global one.
+        create_provider: make and set a global provider where there is none.
+        max_queue_size, schedule_delay_millis, max_export_batch_size, export_timeout_millis: as in
+            `AuditSpanProcessor`.
+
+    Returns:
+        The processor: `force_flush`, `stats` and `shutdown` are its own. The provider's shutdown is enough.
+
+    Raises:
+        ConfigurationError: an argument or variable that can't be used. Nothing was attached then.
+    """
+    exporter = AuditSpanExporter(
+        dsn=dsn, pool=pool, storage=storage, actions=actions, mappings=mappings, schema=schema, table=table,
+        migrate=migrate, export_timeout_millis=export_timeout_millis,
+    )  # fmt: skip
+    if normalizer is not None and not isinstance(normalizer, Normalizer):
+        raise ConfigurationError("normalizer", f"got a {type(normalizer).__name__}; accepted is a Normalizer")
+    provider = _provider(tracer_provider, create=create_provider)
+    processor = AuditSpanProcessor(
+        exporter,
+        max_queue_size=max_queue_size,
+        schedule_delay_millis=schedule_delay_millis,
+        max_export_batch_size=max_export_batch_size,
+        export_timeout_millis=export_timeout_millis,
+    )
+    if normalizer is not None:
+        emit.set_default_normalizer(normalizer)
+    _wrap_sampler(provider, exporter)
+    provider.add_span_processor(processor)
+    _attached.setdefault(provider, []).append(processor)
+    _warn_of_what_leaves_the_log_empty(provider, exporter)
+    return processor
+
+
+def attached_to(provider: TracerProvider) -> list[AuditSpanProcessor]:
+    """Return the processors that `configure_audit` has attached to a provider."""
+    return list(_attached.get(provider, ()))
+
+
+def _provider(given: TracerProvider | None, *, create: bool) -> Any:
+    provider = given if given is not None else trace.get_tracer_provider()
+    if hasattr(provider, "add_span_processor"):
+        return provider
+    if given is not None or not create:
+        raise ConfigurationError(
+            "tracer_provider",
+            f"got a {type(provider).__module__}.{type(provider).__qualname__}, which takes no span processors; "
+            "accepted is an opentelemetry.sdk.trace.TracerProvider",
+        )
+    if not isinstance(provider, ProxyTracerProvider):
+        raise ConfigurationError(
+            "tracer_provider", f"the global one is a {type(provider).__qualname__}, which takes no span processors"
+        )
+    provider = SDKTracerProvider()
+    trace.set_tracer_provider(provider)
+    _logger.info(
+        "There was no tracer provider, so one was made and set. Make yours before configure_audit() to keep it."
+    )
+    return provider
+
+
+def _wrap_sampler(provider: Any, exporter: AuditSpanExporter) -> None:
+    selection = exporter.selection
+    sampler = getattr(provider, "sampler", None)
+    if sampler is None:
+        _logger.warning(
+            "The sampler of a %s can't be wrapped: audit spans that it drops are not audited.",
+            type(provider).__qualname__,
+        )
+        return
+    provider.sampler = AuditSampler(sampler, actions=selection.allowlist.actions, mappings=selection.mappings)
+    # A tracer takes its provider's sampler when it is made, and the provider keeps it for the next caller.
+    for scope, version in [(attributes.SCOPE_NAME, __version__), *((m.scope, None) for m in selection.mappings)]:
+        if scope is not None:
+            tracer = provider.get_tracer(scope, version)
+            if getattr(tracer, "sampler", None) is sampler:
+                tracer.sampler = provider.sampler
+
+
+def _warn_of_what_leaves_the_log_empty(provider: Any, exporter: AuditSpanExporter) -> None:
+    if not exporter.selection.allowlist.actions:
+        _logger.warning(
+            "Nothing is audited: the allowlist is empty. Name actions, as in configure_audit(actions=['retain', "
+            "'recall']) or OTEL_ASTROCYTE_AUDIT_ACTIONS=retain,recall, or take '*' for all."
+        )
+    limits = getattr(provider, "_span_limits", None)  # there is no public way to ask
+    count, length = (getattr(limits, name, None) for name in ("max_span_attributes", "max_span_attribute_length"))
+    if count is not None and count < _MIN_ATTRIBUTES:
+        _logger.warning(
+            "Spans may have only %d attributes, so audit records will be cut: set "
+            "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT to %d or more.", count, _MIN_ATTRIBUTES,
+        )  # fmt: skip
+    if length is not None and length < _MIN_ATTRIBUTE_LENGTH:
+        _logger.warning(
+            "Attribute values are cut at %d characters, so audit records will be cut: set "
+            "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT to %d or more.", length, _MIN_ATTRIBUTE_LENGTH,
+        )  # fmt: skip
+
+
+__all__ = ["attached_to", "configure_audit", "dsn_of_pool"]

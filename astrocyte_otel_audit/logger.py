@@ -1,0 +1,232 @@
+"""The imperative interface, for code that was written for `astrocyte.audit`.
+
+An entry becomes an audit span with the entry's own times, and the registered pipeline does the rest. Where a
+logger is given a pool and no pipeline is registered, it sets one up from the pool's settings, as soon as the pool
+is there: wiring written for upstream works as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.trace import TracerProvider
+
+from astrocyte_otel_audit import settings
+from astrocyte_otel_audit.allowlist import Allowlist
+from astrocyte_otel_audit.configure import attached_to, configure_audit, dsn_of_pool
+from astrocyte_otel_audit.emit import AuditOperation, audit_scope
+from astrocyte_otel_audit.errors import AuditError
+from astrocyte_otel_audit.record import Outcome, ns_from_datetime
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AuditEntry:
+    """One operation to be logged. Its payloads are normalized when it is logged; later changes don't show."""
+
+    action: str
+    #: ``bench``, ``harness``, ``system``, ``http``, ``mcp``, …
+    transport: str
+    bank_id: str | None = None
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    ended_at: datetime | None = None
+    request: Mapping[str, Any] | None = None
+    response: Mapping[str, Any] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    #: Beyond upstream: ``success`` unless an exception left the block, or this says otherwise.
+    outcome: Outcome | None = None
+    actor_id: str | None = None
+    actor_type: str | None = None
+
+
+class AuditLogger:
+    """Logs entries as audit spans, from sync and async code, on any thread. Never raises, never waits for Postgres.
+
+    Args:
+        pool_getter: gives the application's psycopg pool, sync or async, or None while there is none yet. Only its
+            connection settings are read: rows are written through a connection of the pipeline's own.
+        schema_getter: gives the tenant's schema, on the thread that logs.
+        enabled: off by default, as upstream.
+        allowed_actions: actions or globs; None for all, an empty list for none.
+        retention_days: accepted for upstream's sake; see `start_retention_sweep`.
+        table: name of the table.
+        tracer_provider: in place of the global one.
+
+    Raises:
+        ConfigurationError: at construction, for an argument that can't be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool_getter: Callable[[], Any | None],
+        schema_getter: Callable[[], str] | None = None,
+        enabled: bool = False,
+        allowed_actions: Iterable[str] | None = None,
+        retention_days: int = -1,
+        table: str = settings.DEFAULT_TABLE,
+        tracer_provider: TracerProvider | None = None,
+    ) -> None:
+        self._pool_getter = pool_getter
+        self._schema_getter = schema_getter
+        self._enabled = settings.boolean(enabled, "enabled")
+        self._allowlist = Allowlist(
+            ("*",) if allowed_actions is None else settings.actions(allowed_actions, "allowed_actions")
+        )
+        self._retention_days = retention_days
+        self._table = settings.SETTINGS["table"].accept(table, "table")
+        self._tracer_provider = tracer_provider
+        self._set_up = False
+        self._lock = threading.Lock()
+
+    def is_enabled(self, action: str) -> bool:
+        """Say whether an entry of that action would be logged."""
+        return self._enabled and self._allowlist.allows(action)
+
+    def log(self, entry: AuditEntry) -> None:
+        """Log an operation that is over. `ended_at` is now, unless the entry says otherwise."""
+        if not self.is_enabled(entry.action):
+            return
+        if entry.ended_at is None:
+            entry.ended_at = datetime.now(UTC)
+        try:
+            with self._scope():
+                operation = self._operation(entry, start_ns=ns_from_datetime(entry.started_at))
+                operation.start()
+            _copy(entry, operation)
+            operation.finish(end_ns=ns_from_datetime(entry.ended_at))
+        except Exception as fault:  # an entry of wrong types: upstream swallowed those too, but said nothing
+            _logger.warning("An audit entry could not be logged (%s).", type(fault).__qualname__)
+
+    def log_with_timing(self, entry: AuditEntry) -> _Timed:
+        """Return a block, for ``with`` and ``async with``, that gives the entry, times it and logs it at its end.
+
+        What the block sets on the entry is logged. An exception makes the outcome ``failure``, and goes on.
+        """
+        return _Timed(self, entry)
+
+    def start_retention_sweep(self) -> None:
+        """Say that nothing is deleted: this release keeps every row."""
+        if self._enabled and self._retention_days > 0:
+            _logger.warning(
+                "retention_days=%d has no effect yet: this release deletes no row; delete by started_at till then.",
+                self._retention_days,
+            )
+
+    async def stop_retention_sweep(self) -> None:
+        """Return at once: there is no sweep to stop."""
+
+    def _operation(self, entry: AuditEntry, start_ns: int | None = None) -> AuditOperation:
+        return AuditOperation(
+            entry.action,
+            bank_id=entry.bank_id,
+            transport=entry.transport,
+            actor_id=entry.actor_id,
+            actor_type=entry.actor_type,
+            tracer_provider=self._tracer_provider,
+            start_ns=start_ns,
+        )
+
+    def _scope(self) -> audit_scope:
+        self._ensure_pipeline()
+        return audit_scope(schema=self._schema())
+
+    def _schema(self) -> str | None:
+        try:
+            return None if self._schema_getter is None else self._schema_getter()
+        except Exception as fault:
+            _logger.warning(
+                "schema_getter failed (%s); the record goes to the default schema.", type(fault).__qualname__
+            )
+            return None
+
+    def _ensure_pipeline(self) -> None:
+        if self._set_up:
+            return
+        provider = self._tracer_provider or trace.get_tracer_provider()
+        with self._lock:
+            if self._set_up:
+                return
+            if attached_to(provider):
+                self._set_up = True
+                return
+            try:
+                pool = self._pool_getter()
+                if pool is None:
+                    return  # not open yet; asked again at the next entry
+                self._set_up = True
+                configure_audit(
+                    dsn=dsn_of_pool(pool),
+                    actions=self._allowlist.actions,
+                    table=self._table,
+                    tracer_provider=self._tracer_provider,
+                )
+            except AuditError as refused:
+                _logger.error("No audit entry will be written: %s", refused)
+            except Exception as fault:
+                _logger.warning("pool_getter failed (%s); it is asked again.", type(fault).__qualname__)
+
+
+class _Timed:
+    """The block that `AuditLogger.log_with_timing` returns."""
+
+    def __init__(self, logger: AuditLogger, entry: AuditEntry) -> None:
+        self._logger = logger
+        self._entry = entry
+        self._block = ExitStack()
+
+    def __enter__(self) -> AuditEntry:
+        self._entry.started_at = datetime.now(UTC)
+        if self._logger.is_enabled(self._entry.action):
+            self._block.enter_context(self._logger._scope())
+            operation = self._block.enter_context(self._logger._operation(self._entry))
+            self._block.callback(_copy, self._entry, operation)  # the last one in is the first one called
+        return self._entry
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._entry.ended_at = datetime.now(UTC)
+        self._block.__exit__(kind, error, traceback)
+
+    async def __aenter__(self) -> AuditEntry:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.__exit__(kind, error, traceback)
+
+
+def _copy(entry: AuditEntry, operation: AuditOperation) -> None:
+    operation.bank_id = entry.bank_id if entry.bank_id is not None else operation.bank_id
+    operation.request = entry.request
+    operation.response = entry.response
+    operation.metadata = dict(entry.metadata or {})
+    operation.outcome = entry.outcome
+
+
+_default: AuditLogger | None = None
+
+
+def get_default_audit_logger() -> AuditLogger:
+    """Return the process-wide logger: a disabled one, which does nothing, until another is set."""
+    global _default
+    if _default is None:
+        _default = AuditLogger(pool_getter=lambda: None)
+    return _default
+
+
+def set_default_audit_logger(logger_instance: AuditLogger) -> None:
+    """Make a logger the process-wide one."""
+    global _default
+    _default = logger_instance

@@ -1,0 +1,152 @@
+"""What is captured of an ended span on the thread that ends it, and the record that is made of it later.
+
+Capturing copies a handful of facts and decides nothing: it is on the application's time. Everything else, such as
+rebuilding nested payloads, is `to_record`, on the writer's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+from opentelemetry.trace import StatusCode
+
+from astrocyte_otel_audit import attributes
+from astrocyte_otel_audit.record import (
+    OUTCOMES,
+    UNKNOWN_TRANSPORT,
+    AuditRecord,
+    ScopeDefaults,
+    datetime_from_ns,
+    record_id,
+)
+
+_PAYLOADS: Final = (attributes.REQUEST, attributes.RESPONSE, attributes.METADATA)
+_AUDIT_PREFIX: Final = "astrocyte.audit."
+
+
+class Captured(NamedTuple):
+    """The facts of one ended audit span: plain data, independent of the span."""
+
+    action: str
+    #: The bank as the span or its mapping has it.
+    bank_id: Any
+    #: What a mapping says of all its spans; None for a span that speaks for itself.
+    transport: str | None
+    #: Outcome of a span that states none and whose status is unset.
+    unset_outcome: str
+    #: Error's class from an exception event, for a span without `error.type`.
+    exception_type: Any
+    trace_id: int
+    span_id: int
+    parent_span_id: int | None
+    trace_flags: int
+    start_ns: int
+    end_ns: int | None
+    status: StatusCode
+    service_name: str | None
+    #: Attributes that the SDK has dropped; any of them may have been ours.
+    dropped: int
+    attributes: dict[str, Any]
+    # What was noted at the start, where it was seen:
+    id: str | None = None
+    scope: ScopeDefaults | None = None
+    schema: str | None = None
+    #: An operation of the same action directly inside, which fills what this one leaves empty.
+    inner: AuditRecord | None = None
+
+
+def to_record(captured: Captured) -> AuditRecord:
+    """Return the record of a captured span."""
+    given = captured.attributes
+    payloads: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
+    for key, value in given.items():
+        if key.startswith(_AUDIT_PREFIX) and (route := _route(key)) is not None:
+            attributes.unflatten(route[1], value, payloads[route[0]])
+    request, response, metadata = payloads
+    if captured.dropped:
+        metadata["dropped_attributes"] = captured.dropped  # the payload may be incomplete
+    outcome = _outcome(captured)
+    error_type = given.get(attributes.ERROR_TYPE, captured.exception_type) if outcome == "failure" else None
+    parent = captured.parent_span_id
+    record = AuditRecord(
+        id=captured.id or record_id(captured.trace_id, captured.span_id, captured.start_ns),
+        action=captured.action or "unknown",
+        transport=_text(given.get(attributes.TRANSPORT)) or captured.transport or UNKNOWN_TRANSPORT,
+        bank_id=_text(captured.bank_id),
+        started_at=datetime_from_ns(captured.start_ns),
+        ended_at=None if captured.end_ns is None else datetime_from_ns(captured.end_ns),
+        request=request or None,
+        response=response or None,
+        metadata=metadata,
+        outcome=outcome,
+        error_type=_text(error_type),
+        actor_id=_text(given.get(attributes.ACTOR_ID)),
+        actor_type=_text(given.get(attributes.ACTOR_TYPE)),
+        trace_id=f"{captured.trace_id:032x}",
+        span_id=f"{captured.span_id:016x}",
+        parent_span_id=None if parent is None else f"{parent:016x}",
+        # Flags may carry the random bit too, so the bit is tested and not the number.
+        sampled=captured.trace_flags & 1 == 1,
+        service_name=captured.service_name,
+        schema=captured.schema,
+    )
+    if captured.scope is not None:
+        record = _with_scope(record, captured.scope)
+    return record if captured.inner is None else filled(record, captured.inner)
+
+
+def filled(outer: AuditRecord, inner: AuditRecord) -> AuditRecord:
+    """Return the outer record, with the inner one's parts where it is empty. Outcome and times are the outer's own."""
+    return outer._replace(
+        transport=inner.transport if outer.transport == UNKNOWN_TRANSPORT else outer.transport,
+        bank_id=outer.bank_id if outer.bank_id is not None else inner.bank_id,
+        request={**inner.request, **(outer.request or {})} if inner.request else outer.request,
+        response={**inner.response, **(outer.response or {})} if inner.response else outer.response,
+        metadata={**inner.metadata, **outer.metadata},
+        error_type=outer.error_type or (inner.error_type if outer.outcome == "failure" else None),
+        actor_id=outer.actor_id if outer.actor_id is not None else inner.actor_id,
+        actor_type=outer.actor_type if outer.actor_type is not None else inner.actor_type,
+    )
+
+
+def _with_scope(record: AuditRecord, scope: ScopeDefaults) -> AuditRecord:
+    return record._replace(
+        transport=scope.transport if record.transport == UNKNOWN_TRANSPORT and scope.transport else record.transport,
+        bank_id=record.bank_id if record.bank_id is not None else scope.bank_id,
+        actor_id=record.actor_id if record.actor_id is not None else scope.actor_id,
+        actor_type=record.actor_type if record.actor_type is not None else scope.actor_type,
+    )
+
+
+def _outcome(captured: Captured) -> str:
+    stated = captured.attributes.get(attributes.OUTCOME)
+    if isinstance(stated, str) and stated in OUTCOMES:
+        return stated
+    if captured.status is StatusCode.ERROR:
+        return "failure"
+    return "success" if captured.status is StatusCode.OK else captured.unset_outcome
+
+
+@lru_cache(maxsize=4096)
+def _route(key: str) -> tuple[int, str] | None:
+    """Return which payload an attribute belongs to, and its path in there."""
+    found = ((position, key[len(prefix) :]) for position, prefix in enumerate(_PAYLOADS) if key.startswith(prefix))
+    return next(found, None)
+
+
+def _text(value: object) -> str | None:
+    if value is None or type(value) is str:
+        return value
+    # Another emitter's idea of an id. What Postgres can't store of it is the encoder's concern.
+    return str(value) if isinstance(value, (str, int, float)) else type(value).__name__
+
+
+def exception_type(events: Any) -> object:
+    """Return the class that the last exception event names, or None."""
+    for event in reversed(events):
+        if event.name == "exception":
+            found: Mapping[str, Any] = event.attributes or {}
+            return found.get("exception.type")
+    return None

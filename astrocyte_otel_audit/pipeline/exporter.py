@@ -1,0 +1,175 @@
+"""`AuditSpanExporter`: the way from a span to the table. Two doors, `record` and `write`, and `export`, their sum."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from opentelemetry import context as otel_context
+
+# The public helper is in a package that the SDK does not need; every instrumentation reads this key.
+from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from astrocyte_otel_audit import settings
+from astrocyte_otel_audit.errors import ConfigurationError, DatabaseUnavailableError
+from astrocyte_otel_audit.pipeline.captured import to_record
+from astrocyte_otel_audit.pipeline.mapping import SpanMapping, resolve_mappings
+from astrocyte_otel_audit.pipeline.selection import Selection
+from astrocyte_otel_audit.postgres import Appended, AuditTable, Fault, OwnConnection, PooledConnections
+from astrocyte_otel_audit.record import AuditRecord
+
+_logger = logging.getLogger(__name__)
+
+
+class Storage(Protocol):
+    """Where records go: an `AuditTable`, or what stands in for one in a test. Thread-safe."""
+
+    def append(self, records: Sequence[AuditRecord]) -> Appended:
+        """Store a batch, or raise DatabaseUnavailableError; see `AuditTable.append` for its duties."""
+
+    def check(self) -> Fault | None:
+        """Say what keeps records from being stored, or None; raise DatabaseUnavailableError while it is away."""
+
+    def close(self) -> None:
+        """Release what it holds."""
+
+    def after_fork(self) -> None:
+        """Become usable in a forked child."""
+
+
+class AuditSpanExporter(SpanExporter):
+    """Turns allowlisted spans into rows. Thread-safe.
+
+    Inside `AuditSpanProcessor` every record arrives. It also works in a stock `BatchSpanProcessor`, best-effort:
+    that drops spans when its queue is full or Postgres is away, and never sees an unsampled one.
+
+    Args:
+        dsn: connection string of the writer's role, which needs INSERT only.
+        pool: a `psycopg_pool.ConnectionPool` of the application's, in place of `dsn`.
+        storage: anything else that keeps records, in place of both.
+        actions: the allowlist; see `configure_audit`. All arguments fall back to their environment variables.
+        mappings: mappings or preset names; see `configure_audit`.
+        schema: schema of the table, or a function to it that is called on the thread where an operation starts.
+        table: name of the table.
+        migrate: create or upgrade missing tables, and schemas.
+        export_timeout_millis: how long one statement may take.
+
+    Raises:
+        ConfigurationError: an argument or variable that can't be used, or no place to write to.
+    """
+
+    def __init__(
+        self,
+        *,
+        dsn: str | None = None,
+        pool: object = None,
+        storage: Storage | None = None,
+        actions: Iterable[str] | None = None,
+        mappings: Iterable[SpanMapping | str] | None = None,
+        schema: str | Callable[[], str] | None = None,
+        table: str | None = None,
+        migrate: bool | None = None,
+        export_timeout_millis: float | None = None,
+    ) -> None:
+        self.selection = Selection(
+            settings.resolve("actions", actions), resolve_mappings(settings.resolve("mappings", mappings))
+        )
+        place = settings.resolve("schema", schema)
+        self._schema_getter: Callable[[], Any] | None = place if callable(place) else None
+        table = settings.resolve("table", table)
+        if sum(given is not None for given in (dsn, pool, storage)) > 1:
+            raise ConfigurationError("dsn", "accepted is one of dsn, pool and storage")
+        if storage is None:
+            storage = AuditTable(
+                PooledConnections(pool) if pool is not None else _own_connection(dsn),
+                schema=settings.DEFAULT_SCHEMA if callable(place) else place,
+                table=table,
+                migrate=settings.resolve("migrate", migrate),
+                statement_timeout_seconds=settings.resolve("export_timeout_millis", export_timeout_millis) / 1000,
+            )
+        self.storage = storage
+        self._warned_of_stock_processor = False
+
+    def current_schema(self) -> str | None:
+        """Return the tenant's schema as the calling thread sees it; None for the table's default."""
+        if self._schema_getter is None:
+            return None
+        try:
+            found = self._schema_getter()
+        except Exception as fault:
+            _logger.warning(
+                "The schema function failed (%s); the record goes to the default schema.", type(fault).__qualname__
+            )
+            return None
+        return found if isinstance(found, str) and found else None
+
+    def record(self, span: ReadableSpan) -> AuditRecord | None:
+        """Return the record of an ended span, or None if the allowlist and the mappings don't want it."""
+        captured = self.selection.capture(span)
+        return None if captured is None else to_record(captured)
+
+    def write(self, records: Sequence[AuditRecord]) -> Appended:
+        """Write records to the table.
+
+        Raises:
+            DatabaseUnavailableError: give the same records again later.
+        """
+        with _suppressed_instrumentation():
+            return self.storage.append(records)
+
+    def check(self) -> Fault | None:
+        """Say what keeps records from being written, or None; raises DatabaseUnavailableError like `write`."""
+        with _suppressed_instrumentation():
+            return self.storage.check()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Write the audit records among some spans, once: for stock processors, which don't try again."""
+        if not self._warned_of_stock_processor:
+            self._warned_of_stock_processor = True
+            _logger.warning(
+                "Audit rows written through a stock span processor are best-effort: unsampled spans, a full queue and "
+                "an absent database lose them. Use configure_audit() or AuditSpanProcessor, which lose none of these."
+            )
+        records = [record for span in spans if (record := self.record(span)) is not None]
+        if not records:
+            return SpanExportResult.SUCCESS
+        try:
+            appended = self.write(records)
+        except DatabaseUnavailableError as fault:
+            _logger.warning("%d audit records are lost, as a stock processor does not retry: %s", len(records), fault)
+            return SpanExportResult.FAILURE
+        lost = [str(fault) for fault, _ in appended.parked.values()] + [str(fault) for _, fault in appended.homeless]
+        if lost:
+            _logger.warning("Audit records are lost, as a stock processor does not retry: %s", lost[0])
+        return SpanExportResult.FAILURE if lost else SpanExportResult.SUCCESS
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:  # noqa: ARG002 - the interface's argument
+        """Return True: nothing waits in here."""
+        return True
+
+    def shutdown(self) -> None:
+        """Close the connection that it opened itself."""
+        self.storage.close()
+
+
+def _own_connection(dsn: str | None) -> OwnConnection:
+    dsn = settings.resolve("dsn", dsn)
+    if dsn is None:
+        raise ConfigurationError(
+            "dsn", "no database to write to; accepted is a connection string, here or in OTEL_ASTROCYTE_AUDIT_DSN"
+        )
+    return OwnConnection(dsn)
+
+
+@contextmanager
+def _suppressed_instrumentation() -> Iterator[None]:
+    """Keep the plugin's own SQL out of the traces: an instrumented psycopg would audit the audit, without end."""
+    token = otel_context.attach(otel_context.set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))
+    try:
+        yield
+    finally:
+        otel_context.detach(token)

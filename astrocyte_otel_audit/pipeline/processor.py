@@ -1,0 +1,125 @@
+"""`AuditSpanProcessor`: hears of every span's start and end, and owns the writer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+
+from opentelemetry.context import Context, get_value
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
+
+from astrocyte_otel_audit import attributes, settings
+from astrocyte_otel_audit.errors import ConfigurationError
+from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
+from astrocyte_otel_audit.pipeline.operations import OpenOperations
+from astrocyte_otel_audit.pipeline.parking import Backoff
+from astrocyte_otel_audit.pipeline.troubles import Troubles
+from astrocyte_otel_audit.pipeline.writer import Writer
+from astrocyte_otel_audit.record import NO_SCOPE, ScopeDefaults
+
+_logger = logging.getLogger(__name__)
+
+
+class AuditSpanProcessor(SpanProcessor):
+    """Makes every audit span a row of the table, from a thread of its own. Thread-safe and fork-safe.
+
+    Unlike the stock processor it takes unsampled spans too, tries again while Postgres is away, refuses the newest
+    record rather than the oldest when its queue is full and counts it, and answers `force_flush` honestly. Nothing
+    it does raises into the application, or lets it wait for Postgres.
+
+    The arguments have the stock `BatchSpanProcessor`'s names and meanings. Each falls back to
+    ``OTEL_ASTROCYTE_AUDIT_<NAME>``, then to the standard ``OTEL_BSP_<NAME>``, then to its default.
+
+    Args:
+        exporter: says which spans are records, and writes them.
+        max_queue_size: records that may wait (32,768).
+        schedule_delay_millis: milliseconds that a record waits for company (200).
+        max_export_batch_size: records in one transaction at most (2,048; never more than the queue holds).
+        export_timeout_millis: milliseconds that the drain at shutdown may take (30,000).
+        backoff: pauses between attempts while Postgres is away.
+
+    Raises:
+        ConfigurationError: an argument or variable that can't be used.
+    """
+
+    def __init__(
+        self,
+        exporter: AuditSpanExporter,
+        *,
+        max_queue_size: int | None = None,
+        schedule_delay_millis: float | None = None,
+        max_export_batch_size: int | None = None,
+        export_timeout_millis: float | None = None,
+        backoff: Backoff = Backoff(0.1, 30.0),
+    ) -> None:
+        if not isinstance(exporter, AuditSpanExporter):
+            raise ConfigurationError("exporter", f"got a {type(exporter).__name__}; accepted is an AuditSpanExporter")
+        capacity = settings.resolve("max_queue_size", max_queue_size)
+        batch_size = min(settings.resolve("max_export_batch_size", max_export_batch_size), capacity)
+        delay_millis = settings.resolve("schedule_delay_millis", schedule_delay_millis)
+        self._drain_seconds = settings.resolve("export_timeout_millis", export_timeout_millis) / 1000
+        self._exporter = exporter
+        self._operations = OpenOperations()
+        self._troubles = Troubles(_logger, time.monotonic)
+        self._writer = Writer(
+            exporter, capacity=capacity, batch_size=batch_size, delay_seconds=delay_millis / 1000, backoff=backoff
+        )
+        if hasattr(os, "register_at_fork"):
+            # Weakly, as the SDK does: the registration can't be taken back and must not keep the processor alive.
+            reference = weakref.WeakMethod(self._after_fork)
+            os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
+        self._writer.start()
+
+    @property
+    def exporter(self) -> AuditSpanExporter:
+        """The exporter that was given."""
+        return self._exporter
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        """Note an audit span: who acts for which tenant, and, on the span, the id of the row to be."""
+        try:
+            action = self._exporter.selection.action_of(span)
+            if action is None:
+                return
+            found = get_value(attributes.SCOPE_CONTEXT_KEY, parent_context)
+            scope = found if isinstance(found, ScopeDefaults) else NO_SCOPE
+            receipt = self._operations.start(span, action, scope, scope.schema or self._exporter.current_schema())
+            if self._writer.has_room():
+                span.set_attribute(attributes.RECORD_ID, receipt)
+        except Exception as fault:  # it would reach the application, and keep the audited body from running
+            self._troubles.report("on_start", f"an audit span's start could not be noted ({type(fault).__qualname__})")
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Capture the span, if it is an audit span, and hand it to the writer."""
+        try:
+            for operation in self._operations.end(span, self._exporter.selection.capture):
+                self._writer.submit(operation)
+        except Exception as fault:  # it would reach the application
+            self._troubles.report("on_end", f"an audit span could not become a record ({type(fault).__qualname__})")
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Write what waits, and answer True only if every record accepted before the call is in the table.
+
+        Args:
+            timeout_millis: how long to wait at most, in milliseconds.
+        """
+        return self._writer.flush(timeout_millis / 1000)
+
+    def shutdown(self) -> None:
+        """Refuse new spans, write what waits for at most `export_timeout_millis`, and close the connection.
+
+        What can't be written by then is lost and counted. Harmless when repeated.
+        """
+        self._writer.stop(self._drain_seconds)
+        self._exporter.shutdown()
+
+    def stats(self) -> dict[str, int]:
+        """Return counts since the start of this process; see `Writer.stats`. `open` is operations under way."""
+        return {**self._writer.stats(), "open": len(self._operations)}
+
+    def _after_fork(self) -> None:
+        self._operations.after_fork()
+        self._exporter.storage.after_fork()
+        self._writer.after_fork()

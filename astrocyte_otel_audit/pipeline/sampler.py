@@ -1,0 +1,64 @@
+"""`AuditSampler`: keeps audit spans recording where the trace's own sampler drops them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Decision, Sampler, SamplingResult
+from opentelemetry.trace import Link, SpanKind, TraceState
+from opentelemetry.util.types import Attributes
+
+from astrocyte_otel_audit import settings
+from astrocyte_otel_audit.pipeline.mapping import SpanMapping, resolve_mappings
+from astrocyte_otel_audit.pipeline.selection import Selection
+
+
+class AuditSampler(Sampler):
+    """Lets a delegate decide, and turns its DROP of an audit span into RECORD_ONLY.
+
+    The span then reaches `AuditSpanProcessor` while the trace stays unsampled: nothing more is exported to the trace
+    backend than before. It must be the outermost sampler, as a `ParentBased` around it is not asked for child
+    spans. Thread-safe.
+
+    Args:
+        delegate: the sampler that decides about traces; by default the SDK's, parent-based always-on.
+        actions: the allowlist, as in `configure_audit`.
+        mappings: mappings or preset names, as in `configure_audit`.
+    """
+
+    def __init__(
+        self,
+        delegate: Sampler | None = None,
+        *,
+        actions: Iterable[str] = (),
+        mappings: Iterable[SpanMapping | str] = (),
+    ) -> None:
+        self.delegate: Sampler = delegate if delegate is not None else DEFAULT_ON
+        self._selection = Selection(settings.actions(actions, "actions"), resolve_mappings(mappings))
+
+    @property
+    def selection(self) -> Selection:
+        """The allowlist and mappings that it keeps spans for."""
+        return self._selection
+
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        """Return the delegate's decision, or RECORD_ONLY in place of DROP for an audit span."""
+        result = self.delegate.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+        if result.decision is Decision.DROP and self._selection.may_audit(name, kind, attributes):
+            # A dropping sampler returns no attributes, and the span takes the result's: hand on the caller's.
+            return SamplingResult(Decision.RECORD_ONLY, attributes, result.trace_state)
+        return result
+
+    def get_description(self) -> str:
+        """Return a description that names the delegate's."""
+        return f"AuditSampler{{{self.delegate.get_description()}}}"

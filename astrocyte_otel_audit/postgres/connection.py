@@ -1,0 +1,150 @@
+"""Where connections come from: one of our own, or a pool that the application lends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import Conninfo, TransactionStatus
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
+
+from astrocyte_otel_audit.errors import ConfigurationError
+
+#: What libpq waits for, where the DSN doesn't say: without these a network that swallows packets is waited for
+#: without end. Seconds, but for tcp_user_timeout, which is in milliseconds.
+_PATIENCE: dict[str, int | str] = {
+    "connect_timeout": 10,
+    "keepalives": 1,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    "application_name": "astrocyte-otel-audit",
+}
+
+
+class Connections(Protocol):
+    """A source of connections. Thread-safe."""
+
+    def connection(self) -> Any:
+        """Return a context manager that lends a connection to the calling thread."""
+
+    def close(self) -> None:
+        """Close what this source has opened itself."""
+
+    def after_fork(self) -> None:
+        """Forget, without touching it, what belongs to the parent process."""
+
+
+class OwnConnection:
+    """One connection, opened when it is first needed and again after it broke. Thread-safe: users take turns.
+
+    A plain connection, not a pool: writing needs one, and during interpreter shutdown a pool can't start its
+    threads (seen on CPython 3.12.1).
+
+    Args:
+        dsn: connection string; ``postgresql://…`` or ``key=value`` pairs, several hosts included.
+
+    Raises:
+        ConfigurationError: a DSN that can't be parsed. The message doesn't quote it, since it holds the password.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        try:
+            given = conninfo_to_dict(dsn)
+            self._conninfo = make_conninfo(dsn, **{k: v for k, v in _PATIENCE.items() if k not in given})
+        except psycopg.Error:
+            # Not chained: psycopg's message prints the string it could not parse.
+            raise ConfigurationError(
+                "dsn",
+                "can't be parsed; accepted is postgresql://user:password@host:port/database (with special characters "
+                "of the password percent-encoded) or key=value pairs",
+            ) from None
+        self._lock = threading.Lock()
+        self._connection: psycopg.Connection[Any] | None = None
+
+    @contextmanager
+    def connection(self) -> Iterator[psycopg.Connection[Any]]:
+        """Lend the connection, opening it if there is none that works."""
+        with self._lock:
+            if self._connection is None or self._connection.closed:
+                self._connection = psycopg.connect(
+                    self._conninfo,
+                    # pgbouncer in transaction mode gives every transaction another server, which knows no statement.
+                    prepare_threshold=None,
+                )
+            try:
+                yield self._connection
+            finally:
+                # In the middle of anything, as after an interrupt, it is of no use to the next user.
+                if self._connection.info.transaction_status is not TransactionStatus.IDLE:
+                    self._discard()
+
+    def close(self) -> None:
+        """Close the connection; it is opened again if it is needed again."""
+        with self._lock:
+            self._discard()
+
+    def after_fork(self) -> None:
+        """Drop the parent's connection without a word to its server; psycopg closes it in its own process only."""
+        self._lock = threading.Lock()
+        self._connection = None
+
+    def _discard(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+class PooledConnections:
+    """Connections of a psycopg pool that the application owns, opens and closes.
+
+    Raises:
+        ConfigurationError: anything but a `psycopg_pool.ConnectionPool`. An async pool belongs to its event loop
+            and can't be used from the writer's thread.
+    """
+
+    def __init__(self, pool: object) -> None:
+        if not isinstance(pool, ConnectionPool):
+            raise ConfigurationError(
+                "pool",
+                f"got a {type(pool).__module__}.{type(pool).__qualname__}; accepted is a psycopg_pool.ConnectionPool "
+                "(an async or asyncpg pool can't be used from a thread: give a dsn instead)",
+            )
+        self._pool: ConnectionPool[Any] = pool
+
+    def connection(self) -> Any:
+        """Lend a connection of the pool."""
+        return self._pool.connection()
+
+    def close(self) -> None:
+        """Do nothing: the pool is the application's."""
+
+    def after_fork(self) -> None:
+        """Do nothing: a pool must be opened after a fork, by the application."""
+
+
+def dsn_of_pool(pool: object) -> str:
+    """Return the connection string that a psycopg pool connects with, sync or async, open or not.
+
+    Raises:
+        ConfigurationError: anything but a psycopg pool.
+    """
+    if not isinstance(pool, (ConnectionPool, AsyncConnectionPool)):
+        raise ConfigurationError(
+            "pool_getter",
+            f"gives a {type(pool).__module__}.{type(pool).__qualname__}; accepted is a pool of psycopg_pool (an "
+            "asyncpg pool does not say how it connects: call configure_audit(dsn=…) instead)",
+        )
+    conninfo, kwargs = (value() if callable(value) else value for value in (pool.conninfo, pool.kwargs))
+    if not isinstance(conninfo, str) or not (kwargs is None or isinstance(kwargs, dict)):
+        raise ConfigurationError(
+            "pool_getter", "gives a pool that connects by a coroutine; call configure_audit(dsn=…) instead"
+        )
+    # The rest, such as a row factory, is how the application likes its connections.
+    understood = {option.keyword.decode() for option in Conninfo.get_defaults()}
+    return make_conninfo(conninfo, **{name: value for name, value in (kwargs or {}).items() if name in understood})

@@ -1,0 +1,100 @@
+"""Faults: every error that Postgres can answer with, as one of three classes, in one table.
+
+*Retry*: the same statement can succeed later (connection, shutdown, lock, disk, read-only). *Park*: this tenant
+waits for somebody to act (table, schema or right missing), the others go on. *Set aside*: this very record can
+never be stored, and is kept elsewhere with the reason. What is unknown is parked: nothing is lost by waiting.
+
+The words are ours. A server's message can quote a payload, and psycopg's can quote a password.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final, NamedTuple
+
+import psycopg
+
+
+class FaultClass(enum.Enum):
+    """What becomes of the records that a fault has hit."""
+
+    RETRY = "retry"
+    PARK = "park"
+    SET_ASIDE = "set aside"
+
+
+class Fault(NamedTuple):
+    """A classified error: safe to log and to store."""
+
+    kind: FaultClass
+    reason: str
+    sqlstate: str | None = None
+
+    def __str__(self) -> str:
+        return self.reason if self.sqlstate is None else f"{self.reason} [SQLSTATE {self.sqlstate}]"
+
+
+_RETRY, _PARK, _SET_ASIDE = FaultClass.RETRY, FaultClass.PARK, FaultClass.SET_ASIDE
+
+#: By SQLSTATE (PostgreSQL manual, appendix A): the longest prefix that fits is the class.
+_BY_SQLSTATE: Final[dict[str, tuple[FaultClass, str]]] = {
+    "08": (_RETRY, "the connection broke"),
+    "22": (_SET_ASIDE, "a value can't be stored in its column"),
+    "23": (_SET_ASIDE, "a constraint of the table refuses the record"),
+    "25006": (_RETRY, "the server is read-only, as a standby is; point the DSN at the primary"),
+    "27": (_SET_ASIDE, "a trigger of the table refuses the record"),
+    "28": (_RETRY, "the server refuses the login; check user, password and pg_hba.conf"),
+    "3D": (_RETRY, "the database does not exist; create it or correct the DSN"),
+    "3F": (_PARK, "the schema does not exist; create it, or run `astrocyte-otel-audit migrate --create-schema`"),
+    "40": (_RETRY, "the transaction was rolled back by a concurrent one"),
+    "42501": (_PARK, "a right is missing; GRANT USAGE on the schema and INSERT on the table to the writer's role"),
+    "42703": (_PARK, "the table lacks a column; run `astrocyte-otel-audit migrate`"),
+    "42P01": (_PARK, "the table does not exist; run `astrocyte-otel-audit migrate`, or set migrate=True"),
+    "42804": (_PARK, "the table's columns have other types; is it an audit log?"),
+    "44": (_SET_ASIDE, "a view's check option refuses the record"),
+    "53": (_RETRY, "the server is out of disk, memory or connections"),
+    "54": (_SET_ASIDE, "the record exceeds a limit of Postgres"),
+    "55": (_RETRY, "the table is locked"),
+    "57": (_RETRY, "the server is shutting down, starting up, or cancelled the statement"),
+    "58": (_RETRY, "the server has trouble with its own files"),
+    "P0": (_SET_ASIDE, "a trigger of the table refuses the record"),
+}
+
+#: A login that fails has no SQLSTATE in libpq, only a message, which we look into and never repeat.
+_BY_MESSAGE: Final[tuple[tuple[str, str], ...]] = (
+    ("password authentication failed", "the password is wrong; correct it in the DSN"),
+    ("no password supplied", "the server wants a password; put one into the DSN, or into ~/.pgpass"),
+    ("no pg_hba.conf entry", "the server admits nobody from here; add a line to pg_hba.conf"),
+    ("authentication failed", "the login failed; check the user and its way of authentication"),
+    ('role "', "the role does not exist; create it or correct the DSN"),
+    ('database "', "the database does not exist; create it or correct the DSN"),
+    ("too many", "the server has no connection free; raise max_connections or close some"),
+    ("remaining connection slots", "the server has no connection free; raise max_connections or close some"),
+    ("starting up", "the server is starting up"),
+    ("shutting down", "the server is shutting down"),
+    ("could not translate host name", "the host's name can't be resolved; correct the DSN"),
+    ("failed to resolve host", "the host's name can't be resolved; correct the DSN"),
+    ("connection refused", "nothing listens at that host and port; is Postgres running?"),
+    ("no such file or directory", "there is no such socket; is Postgres running?"),
+    ("timeout", "no answer in time; is the host reachable?"),
+    ("ssl", "the encrypted connection failed; check sslmode and the certificates"),
+)
+
+
+def classify(error: BaseException) -> Fault:
+    """Return the class of an error that writing or reading raised, with a reason that is safe to show."""
+    sqlstate = getattr(error, "sqlstate", None)
+    if isinstance(sqlstate, str):
+        for length in (5, 2):
+            if (found := _BY_SQLSTATE.get(sqlstate[:length])) is not None:
+                return Fault(*found, sqlstate)
+        return Fault(_PARK, "Postgres refuses the statement; see the SQLSTATE", sqlstate)
+    if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, OSError)):
+        message = str(error).lower()
+        for fragment, reason in _BY_MESSAGE:
+            if fragment in message:
+                return Fault(_RETRY, reason)
+        return Fault(_RETRY, "the connection failed")
+    if isinstance(error, (psycopg.Error, ValueError, TypeError, OverflowError)):
+        return Fault(_SET_ASIDE, f"the record can't be turned into a statement ({type(error).__name__})")
+    return Fault(_PARK, f"an unexpected {type(error).__name__}")

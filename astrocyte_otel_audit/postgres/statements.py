@@ -1,0 +1,42 @@
+"""The SQL files, with the names of a schema's tables filled in, quoted."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import resources
+
+from psycopg import sql
+
+_FILES = resources.files("astrocyte_otel_audit.postgres") / "sql"
+
+
+@lru_cache(maxsize=1024)
+def statement(name: str, schema: str, table: str) -> sql.Composed:
+    """Return the statement of ``sql/<name>.sql`` for one schema's table."""
+    return sql.SQL(_text(name)).format(**_names(schema, table))
+
+
+def migrations() -> list[tuple[int, str]]:
+    """Return version and name of every migration, in order."""
+    names = sorted(entry.name for entry in (_FILES / "migrations").iterdir() if entry.name.endswith(".sql"))
+    return [(int(name[:3]), f"migrations/{name.removesuffix('.sql')}") for name in names]
+
+
+@lru_cache
+def _text(name: str) -> str:
+    # A comment's % or { would be taken for a placeholder, and the server needs no comments.
+    lines = (_FILES / f"{name}.sql").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.startswith("--"))
+
+
+def _names(schema: str, table: str) -> dict[str, sql.Composable]:
+    names: dict[str, sql.Composable] = {
+        "schema": sql.Identifier(schema),
+        "log": sql.Identifier(schema, table),
+        "set_aside": sql.Identifier(schema, f"{table}_set_aside"),
+        "migrations": sql.Identifier(schema, f"{table}_migrations"),
+    }
+    # An index lives in its table's schema; for the default table the names are upstream's own.
+    for index in ("bank_started_idx", "action_started_idx", "started_idx", "trace_idx", "recorded_idx"):
+        names[index] = sql.Identifier(f"{table}_{index}")
+    return names

@@ -1,0 +1,216 @@
+"""Every setting, once: its argument, its environment variable, its default and what it accepts.
+
+An argument wins over its variable, a variable over the default. A value that can't be used is refused here,
+before anything runs, by a `ConfigurationError` that names the argument or the variable.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, NamedTuple
+
+from astrocyte_otel_audit.errors import ConfigurationError
+
+PREFIX: Final = "OTEL_ASTROCYTE_AUDIT_"
+DEFAULT_TABLE: Final = "astrocyte_audit_log"
+DEFAULT_SCHEMA: Final = "public"
+
+#: Postgres cuts names at 63 bytes; the longest name derived from the table's has 19 more than it.
+_MAX_TABLE_NAME = 44
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
+
+
+class Setting(NamedTuple):
+    """One setting of `configure_audit`."""
+
+    name: str
+    #: Environment variables that are read in this order.
+    variables: tuple[str, ...]
+    default: Any
+    #: Turns an argument into the value that is used, or raises with what is accepted.
+    accept: Callable[[Any, str], Any]
+    help: str
+    #: Turns a variable's text into an argument; by default the text itself.
+    parse: Callable[[str], Any] = str
+
+    def resolve(self, argument: Any = None, environ: Mapping[str, str] | None = None) -> Any:
+        """Return the argument if there is one, else the variable's value, else the default.
+
+        Raises:
+            ConfigurationError: naming the argument or the variable that holds an unusable value.
+        """
+        if argument is not None:
+            return self.accept(argument, self.name)
+        environ = os.environ if environ is None else environ
+        for variable in self.variables:
+            if text := environ.get(variable, "").strip():
+                try:
+                    parsed = self.parse(text)
+                except ValueError:
+                    parsed = text  # refused below, with what is accepted
+                return self.accept(parsed, variable)
+        return self.default
+
+
+def identifier(value: object, source: str, *, longest: int = 63) -> str:
+    """Return the name of a table or schema, checked. It is always quoted in SQL; this is the second lock.
+
+    Raises:
+        ConfigurationError: not a name, too long, or one that Postgres keeps for itself.
+    """
+    if not isinstance(value, str) or not _IDENTIFIER.fullmatch(value) or len(value) > longest:
+        raise ConfigurationError(
+            source,
+            f"got {_shown(value)}; accepted is a name of 1 to {longest} letters, digits, '_', '$' or '-', "
+            "beginning with a letter or '_' (case counts, as names are quoted)",
+        )
+    if value.lower().startswith("pg_") or value.lower() == "information_schema":
+        raise ConfigurationError(source, f"got {_shown(value)}; names that begin with pg_ belong to Postgres")
+    return value
+
+
+def is_identifier(value: object) -> bool:
+    """Say whether `identifier` would accept a schema's name; never raises."""
+    try:
+        identifier(value, "schema")
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _table(value: object, source: str) -> str:
+    return identifier(value, source, longest=_MAX_TABLE_NAME)
+
+
+def _schema(value: object, source: str) -> Any:
+    return value if callable(value) else identifier(value, source)
+
+
+def _dsn(value: object, source: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigurationError(source, "not a connection string; accepted is postgresql://… or key=value pairs")
+    return value  # parsed by `postgres`, which knows the grammar
+
+
+def actions(value: object, source: str) -> tuple[str, ...]:
+    """Return an allowlist: a list of actions or globs, or ``"*"``.
+
+    Raises:
+        ConfigurationError: a bare string other than ``"*"`` (upstream took it for a list of its letters), or a
+            member that isn't a string.
+    """
+    if value == "*":
+        return ("*",)
+    accepted = "accepted is a list of actions or globs, such as ['retain', 'recall.*'], or '*' for all"
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ConfigurationError(source, f"got {_shown(value)}; {accepted}")
+    members = tuple(value)
+    for member in members:
+        if not isinstance(member, str) or not member.strip():
+            raise ConfigurationError(source, f"holds {_shown(member)}; {accepted}")
+    return members
+
+
+def _mappings(value: object, source: str) -> tuple[Any, ...]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ConfigurationError(
+            source, f"got {_shown(value)}; accepted is a list of SpanMapping or preset names, such as ['astrocyte']"
+        )
+    return tuple(value)
+
+
+def _comma_list(text: str) -> list[str] | str:
+    return text if text == "*" else [member.strip() for member in text.split(",") if member.strip()]
+
+
+def positive_int(value: object, source: str) -> int:
+    """Return a whole number of at least 1, or raise `ConfigurationError`."""
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(source, f"got {_shown(value)}; accepted is a whole number of at least 1")
+    return value
+
+
+def positive_number(value: object, source: str) -> float:
+    """Return a finite number above 0, or raise `ConfigurationError`."""
+    if type(value) not in (int, float) or not 0 < value < float("inf"):  # type: ignore[operator]
+        raise ConfigurationError(source, f"got {_shown(value)}; accepted is a number above 0")
+    return float(value)  # type: ignore[arg-type]
+
+
+def boolean(value: object, source: str) -> bool:
+    """Return a boolean, or raise `ConfigurationError`."""
+    if type(value) is not bool:
+        raise ConfigurationError(source, f"got {_shown(value)}; accepted is true or false")
+    return value
+
+
+def _parse_boolean(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError
+    return words[text.lower()]
+
+
+def _shown(value: object) -> str:
+    """A value as an error may show it: by its type where it is no name or number, and never long."""
+    return repr(value)[:80] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+
+
+def _setting(
+    name: str, default: Any, accept: Any, help: str, parse: Callable[[str], Any] = str, *fallback: str
+) -> Setting:
+    return Setting(name, (PREFIX + name.upper(), *fallback), default, accept, help, parse)
+
+
+SETTINGS: Final[Mapping[str, Setting]] = {
+    setting.name: setting
+    for setting in (
+        _setting("dsn", None, _dsn, "Where the table is: a connection string of the writer's role."),
+        _setting(
+            "actions", (), actions, "What is audited: actions or globs; none by default, '*' for all.", _comma_list
+        ),
+        _setting("mappings", (), _mappings, "Spans of others that are audited too: presets by name.", _comma_list),
+        _setting("schema", DEFAULT_SCHEMA, _schema, "Schema of the table where no tenant's is in scope."),
+        _setting("table", DEFAULT_TABLE, _table, "Name of the table, the same in every schema."),
+        _setting("migrate", False, boolean, "Create or upgrade missing tables, and tenants' schemas.", _parse_boolean),
+        _setting(
+            "max_queue_size",
+            32_768,
+            positive_int,
+            "Records that may wait in memory; past it, new ones are refused and counted.",
+            int,
+            "OTEL_BSP_MAX_QUEUE_SIZE",
+        ),
+        _setting(
+            "max_export_batch_size",
+            2_048,
+            positive_int,
+            "Records in one transaction, at most.",
+            int,
+            "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+        ),
+        _setting(
+            "schedule_delay_millis",
+            200.0,
+            positive_number,
+            "Milliseconds that a record waits for company before it is written.",
+            float,
+            "OTEL_BSP_SCHEDULE_DELAY",
+        ),
+        _setting(
+            "export_timeout_millis",
+            30_000.0,
+            positive_number,
+            "Milliseconds that one statement, and the drain at shutdown, may take.",
+            float,
+            "OTEL_BSP_EXPORT_TIMEOUT",
+        ),
+    )
+}
+
+
+def resolve(name: str, argument: Any = None) -> Any:
+    """Return the value of one setting; see `Setting.resolve`."""
+    return SETTINGS[name].resolve(argument)
