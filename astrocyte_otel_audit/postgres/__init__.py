@@ -2,10 +2,10 @@
 
 from astrocyte_otel_audit.postgres.connection import Connections, OwnConnection, PooledConnections, dsn_of_pool
 from astrocyte_otel_audit.postgres.encoding import json_text
-from astrocyte_otel_audit.postgres.faults import Fault, FaultClass
+from astrocyte_otel_audit.postgres.faults import Fault, FaultClass, classify
 from astrocyte_otel_audit.postgres.table import Appended, AuditTable, Cursor, Page, SetAside
 
 __all__ = [
     "Appended", "AuditTable", "Connections", "Cursor", "Fault", "FaultClass", "OwnConnection", "Page",
-    "PooledConnections", "SetAside", "dsn_of_pool", "json_text",
+    "PooledConnections", "SetAside", "classify", "dsn_of_pool", "json_text",
 ]  # fmt: skip

@@ -1,0 +1,252 @@
+"""The command line: each command is a few lines over `postgres`, `view` and `demo`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import psycopg
+import typer
+from rich.console import Console
+
+from astrocyte_otel_audit import settings
+from astrocyte_otel_audit._version import __version__
+from astrocyte_otel_audit.embedded import SCHEME, embedded_postgres
+from astrocyte_otel_audit.errors import AuditError, ConfigurationError, DatabaseUnavailableError
+from astrocyte_otel_audit.postgres import AuditTable, Cursor, OwnConnection, classify
+from astrocyte_otel_audit.view import records as view
+
+#: Exit codes beside 0; a usage error is 2, as everywhere.
+NOT_FOUND, UNAVAILABLE = 1, 3
+
+app = typer.Typer(
+    name="astrocyte-otel-audit",
+    help="Read and look after the audit log of an AI-memory service.",
+    epilog="Exit codes: 0 done, 1 not found, 2 wrong usage, 3 Postgres can't be used. Start with the demo.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Dsn = Annotated[
+    str | None,
+    typer.Option(
+        envvar=settings.PREFIX + "DSN",
+        show_envvar=True,
+        metavar="DSN",
+        help="Connection string: postgresql://…, key=value pairs, or embedded:DIR for a server of one's own on a "
+        "directory (embedded: alone is the demo's).",
+    ),
+]
+Schema = Annotated[str, typer.Option(envvar=settings.PREFIX + "SCHEMA", help="Schema of the tenant.")]
+TableName = Annotated[str, typer.Option("--table", envvar=settings.PREFIX + "TABLE", help="Name of the table.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for other programs.")]
+
+
+def run() -> None:
+    """Run the command line; errors become one line on standard error and an exit code."""
+    try:
+        app()
+    except ConfigurationError as error:
+        _fail(str(error), 2)
+    except DatabaseUnavailableError as error:
+        _fail(str(error), UNAVAILABLE)
+    except psycopg.Error as error:
+        _fail(str(classify(error)), UNAVAILABLE)
+    except AuditError as error:
+        _fail(str(error), UNAVAILABLE)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    """Read and look after the audit log of an AI-memory service."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(dsn: Dsn = None) -> None:
+    """Run a real Astrocyte brain, sampled at 10 %, and show that every operation became a row.
+
+    Without --dsn, a Postgres is started from its wheel; nothing has to be installed or cleaned up.
+    """
+    from astrocyte_otel_audit.demo import run_demo
+
+    console = _console()
+    place = dsn or SCHEME
+    with _dsn(place) as connection_string:
+        run_demo(connection_string, console)
+    # A real connection string may hold a password, and isn't repeated.
+    named = "" if settings.PREFIX + "DSN" in os.environ else f" --dsn {place if place.startswith(SCHEME) else '…'}"
+    console.print(
+        "\n[bold]What to do next[/bold]\n"
+        f"  look again      astrocyte-otel-audit list{named} --bank user-calvin\n"
+        f"  one record      astrocyte-otel-audit show ID{named}\n"
+        "  your own app    configure_audit(dsn=…, actions=['retain', 'recall'], mappings=['astrocyte'], migrate=True)\n"
+        "  and read        README.md, from 'Audit your own service' on",
+        highlight=False,
+    )
+
+
+@app.command()
+def migrate(
+    dsn: Dsn = None,
+    schema: Schema = settings.DEFAULT_SCHEMA,
+    table: TableName = settings.DEFAULT_TABLE,
+    create_schema: Annotated[bool, typer.Option("--create-schema", help="Create the schema if there is none.")] = False,
+) -> None:
+    """Create the table, or upgrade the one that Astrocyte's migration 023 or an older release made.
+
+    Safe to repeat, and to run from many processes at once. The role needs CREATE on the schema, or to own the table;
+    the role that writes the log needs no more than INSERT afterwards.
+    """
+    with _table(dsn, schema, table) as audit_table:
+        applied = audit_table.migrate(create_schema=create_schema)
+    console = _console()
+    for name in applied:
+        console.print(f"applied {name}", highlight=False)
+    console.print(f"{schema}.{table} is up to date", highlight=False)
+
+
+@app.command(name="list")
+def list_records(
+    dsn: Dsn = None,
+    schema: Schema = settings.DEFAULT_SCHEMA,
+    table: TableName = settings.DEFAULT_TABLE,
+    bank: Annotated[str | None, typer.Option(help="Memory bank.")] = None,
+    action: Annotated[str | None, typer.Option(help="Action, such as retain.")] = None,
+    transport: Annotated[str | None, typer.Option(help="Transport, such as http or mcp.")] = None,
+    outcome: Annotated[str | None, typer.Option(help="success, failure or unknown.")] = None,
+    actor: Annotated[str | None, typer.Option(help="Actor's id.")] = None,
+    trace: Annotated[str | None, typer.Option(help="Trace id, 32 hexadecimal digits.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Started at or after: 2026-01-31, 2026-01-31T12:00, or 90m, 24h, 7d ago (UTC).")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Started before; written like --since.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Records a page.")] = 50,
+    after: Annotated[str | None, typer.Option(help="Next page: the cursor that the page before ended with.")] = None,
+    json: Json = False,
+) -> None:
+    """List records, newest first. Filters combine."""
+    with _table(dsn, schema, table) as audit_table:
+        page = audit_table.search(
+            bank_id=bank,
+            action=action,
+            transport=transport,
+            outcome=outcome,
+            actor_id=actor,
+            trace_id=trace,
+            since=_instant(since, "--since"),
+            until=_instant(until, "--until"),
+            after=Cursor.parse(after) if after else None,
+            limit=limit,
+        )
+    if json:
+        for record in page.records:
+            print(view.as_json(record))
+    elif page.records:
+        console = _console()
+        columns = [column for column in view.LIST_COLUMNS if column != "trace" or console.width >= view.WIDE]
+        console.print(view.records_table(page.records, columns))
+    else:
+        _say("no record fits")
+    if page.next is not None:
+        _say(f"there is more: --after '{page.next}'")
+
+
+@app.command()
+def show(
+    record_id: Annotated[str, typer.Argument(metavar="ID", help="The record's id: audit.record.id on its span.")],
+    dsn: Dsn = None,
+    schema: Schema = settings.DEFAULT_SCHEMA,
+    table: TableName = settings.DEFAULT_TABLE,
+    json: Json = False,
+) -> None:
+    """Show everything that one record says."""
+    with _table(dsn, schema, table) as audit_table:
+        record = audit_table.get(record_id)
+    if record is None:
+        _fail(f"no record {record_id} in {schema}.{table}", NOT_FOUND)
+    elif json:
+        print(view.as_json(record))
+    else:
+        _console().print(view.record_details(record))
+
+
+@app.command(name="set-aside")
+def list_set_aside(
+    dsn: Dsn = None,
+    schema: Schema = settings.DEFAULT_SCHEMA,
+    table: TableName = settings.DEFAULT_TABLE,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Records, at most.")] = 50,
+    json: Json = False,
+) -> None:
+    """List the records that the table refused, newest first, each with the reason. --json has all of a record."""
+    with _table(dsn, schema, table) as audit_table:
+        refused = audit_table.set_aside(limit)
+    if json:
+        for row in refused:
+            print(view.as_json(row))
+    elif refused:
+        _console().print(view.set_aside_table(refused))
+    else:
+        _say("nothing was set aside")
+
+
+@contextmanager
+def _dsn(dsn: str | None) -> Iterator[str]:
+    """Give the connection string that a person has named, running an embedded server for as long as it is used."""
+    if dsn is None:
+        raise ConfigurationError("--dsn", f"no database named; give --dsn or set {settings.PREFIX}DSN")
+    if not dsn.startswith(SCHEME):
+        yield dsn
+        return
+    directory = dsn.removeprefix(SCHEME)
+    with embedded_postgres(Path(directory) if directory else None) as running:
+        yield running
+
+
+@contextmanager
+def _table(dsn: str | None, schema: str, table: str) -> Iterator[AuditTable]:
+    schema = settings.SETTINGS["schema"].accept(schema, "--schema")
+    table = settings.SETTINGS["table"].accept(table, "--table")
+    with ExitStack() as stack:
+        audit_table = AuditTable(OwnConnection(stack.enter_context(_dsn(dsn))), schema=schema, table=table)
+        stack.callback(audit_table.close)
+        yield audit_table
+
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def _instant(text: str | None, option: str) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        if ago := re.fullmatch(r"(\d+)([smhdw])", text):
+            return datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
+        instant = datetime.fromisoformat(text)
+    except (ValueError, OverflowError):
+        raise ConfigurationError(option, f"got {text!r}; accepted is 2026-01-31T12:00, or 24h or 7d for ago") from None
+    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+def _console() -> Console:
+    # A pipe has no width of its own: rich would take 80 columns and fold what another program reads by lines.
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _say(remark: str) -> None:
+    """Say something about the output, where it isn't taken for output."""
+    Console(stderr=True).print(remark, highlight=False, markup=False, soft_wrap=True)
+
+
+def _fail(message: str, code: int) -> Any:
+    _say(f"error: {message}")
+    sys.exit(code)

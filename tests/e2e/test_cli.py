@@ -1,0 +1,282 @@
+"""The command line, as a person and as a script use it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+
+from astrocyte_otel_audit import cli
+from astrocyte_otel_audit.record import AuditRecord, record_id
+
+START = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+
+
+def record(number: int, **changes) -> AuditRecord:
+    made = AuditRecord(
+        id=record_id(number + 1, number + 1, int(START.timestamp() * 1e9) + number),
+        action="recall",
+        transport="http",
+        bank_id="user-calvin",
+        started_at=START + timedelta(seconds=number),
+        ended_at=START + timedelta(seconds=number, milliseconds=7),
+        request={"query": {"length": 22}},
+        response={"hits": 3},
+        metadata={},
+        outcome="success",
+        error_type=None,
+        actor_id="calvin",
+        actor_type="user",
+        trace_id=f"{number + 1:032x}",
+        span_id=f"{number + 1:016x}",
+        parent_span_id=None,
+        sampled=False,
+        service_name="memory",
+    )
+    return made._replace(**changes)
+
+
+@pytest.fixture
+def command(database, capsys, monkeypatch):
+    """Run a command in this process on the test's database; gives exit code, output and remarks."""
+
+    def run(*arguments, dsn=database):
+        monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_DSN", dsn)
+        monkeypatch.setattr(sys, "argv", ["astrocyte-otel-audit", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.run()
+        output = capsys.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), output.out, output.err
+
+    return run
+
+
+def test_list_shows_records_newest_first(command, table):
+    table.append([record(0), record(1, action="retain", outcome="failure", error_type="astrocyte.errors.AccessDenied")])
+    code, out, _ = command("list")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].split()[:3] == ["started", "(UTC)", "action"]
+    assert "retain" in lines[1]
+    assert "failure AccessDenied" in lines[1]
+    assert "recall" in lines[2]
+    assert record(0).id in lines[2]
+    assert record(0).trace_id in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        (["--bank", "other"], [1]),
+        (["--action", "retain"], [2]),
+        (["--transport", "mcp"], [3]),
+        (["--outcome", "failure"], [4]),
+        (["--actor", "susie"], [5]),
+        (["--trace", f"{7:032X}"], [6]),
+        (["--since", "2026-01-31T12:00:05"], [6, 5]),
+        (["--until", "2026-01-31T12:00:01+00:00"], [0]),
+        (["--since", "2026-01-31T12:00:01", "--until", "2026-01-31T12:00:03", "--transport", "http"], [2, 1]),
+    ],
+)
+def test_list_filters(command, table, filters, expected):
+    table.append(
+        [
+            record(0),
+            record(1, bank_id="other"),
+            record(2, action="retain"),
+            record(3, transport="mcp"),
+            record(4, outcome="failure"),
+            record(5, actor_id="susie"),
+            record(6),
+        ]
+    )
+    _, out, _ = command("list", "--json", *filters)
+    assert [json.loads(line)["id"] for line in out.splitlines()] == [record(number).id for number in expected]
+
+
+def test_list_takes_a_time_ago(command, table):
+    table.append([record(0), record(1, started_at=datetime.now(UTC) - timedelta(hours=2))])
+    _, out, _ = command("list", "--json", "--since", "3h")
+    assert len(out.splitlines()) == 1
+
+
+def test_pages_follow_the_cursor_to_the_end(command, table):
+    table.append([record(number) for number in range(5)])
+    seen, cursor = [], []
+    while True:
+        _, out, err = command("list", "--json", "--limit", "2", *cursor)
+        seen += [json.loads(line)["id"] for line in out.splitlines()]
+        if not (found := re.search(r"--after '([^']+)'", err)):
+            break
+        cursor = ["--after", found[1]]
+    assert seen == [record(number).id for number in (4, 3, 2, 1, 0)]
+
+
+def test_nothing_found_is_no_error_and_no_output(command):
+    assert command("list", "--bank", "nobody") == (0, "", "no record fits\n")
+
+
+def test_show_says_everything(command, table):
+    table.append([record(0)])
+    code, out, _ = command("show", record(0).id)
+    assert code == 0
+    for expected in (record(0).id, "user-calvin", "calvin", "7.0 ms", "the trace was sampled out", '"length": 22'):
+        assert expected in out
+
+
+def test_show_as_json_is_the_whole_record(command, table):
+    table.append([record(0)])
+    _, out, _ = command("show", record(0).id, "--json")
+    shown = json.loads(out)
+    assert shown["request"] == {"query": {"length": 22}}
+    assert shown["started_at"] == START.isoformat()
+    assert shown["error_type"] is None
+
+
+def test_show_of_an_unknown_id_exits_with_1(command):
+    code, out, err = command("show", record(9).id)
+    assert (code, out) == (1, "")
+    assert err == f"error: no record {record(9).id} in public.astrocyte_audit_log\n"
+
+
+def test_set_aside_shows_the_reason(command, table, database):
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("ALTER TABLE astrocyte_audit_log ADD CHECK (action <> 'recall')")
+    table.append([record(0), record(1, action="retain")])
+    _, out, _ = command("set-aside")
+    assert "a constraint of the table refuses the record" in out
+    assert "23514" in out
+    _, out, _ = command("set-aside", "--json")
+    assert json.loads(json.loads(out)["record"])["bank_id"] == "user-calvin"
+
+
+def test_migrate_says_what_it_did_and_may_be_repeated(command, empty_database):
+    code, out, _ = command("migrate", dsn=empty_database)
+    assert code == 0
+    assert out.splitlines()[0] == "applied 001_log"
+    assert out.splitlines()[-1] == "public.astrocyte_audit_log is up to date"
+    assert command("migrate", dsn=empty_database)[1] == "public.astrocyte_audit_log is up to date\n"
+
+
+def test_migrate_makes_a_tenants_schema_only_if_asked(command, empty_database):
+    code, _, err = command("migrate", "--schema", "Tenant-A", dsn=empty_database)
+    assert code == 3
+    assert "the schema does not exist" in err
+    assert "--create-schema" in err
+    assert command("migrate", "--schema", "Tenant-A", "--create-schema", dsn=empty_database)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["show", "no-uuid"], 2, "id: not a record's id; accepted is a UUID"),
+        (["list", "--since", "yesterday"], 2, "--since: got 'yesterday'"),
+        (["list", "--after", "x"], 2, "after: not a cursor"),
+        (["list", "--schema", "a;b"], 2, "--schema: got 'a;b'"),
+        (["list", "--table", "nowhere"], 3, "the table does not exist; run `astrocyte-otel-audit migrate`"),
+        (["list", "--limit", "0"], 2, "Invalid value for '--limit'"),
+    ],
+)
+def test_bad_input_is_one_message_and_an_exit_code(command, arguments, code, message):
+    got, out, err = command(*arguments)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_an_unreachable_server_is_one_line_without_the_password(command):
+    code, out, err = command("list", dsn="postgresql://calvin:hunter2@127.0.0.1:1/memories")
+    assert (code, out) == (3, "")
+    assert err == "error: nothing listens at that host and port; is Postgres running?\n"
+
+
+def test_a_dsn_that_cannot_be_parsed_is_not_repeated(command):
+    code, _, err = command("list", dsn="postgresql://calvin:hun%ter2@localhost/memories")
+    assert code == 2
+    assert err.startswith("error: dsn: can't be parsed")
+    assert "hun" not in err
+
+
+def test_hostile_text_is_inert_on_a_terminal(command, table):
+    hostile = "\x1b]0;owned\x07\u202ekcab [red]x[/red]"
+    table.append([record(0, bank_id=hostile, actor_id=hostile, request={"\x1b[2J": hostile})])
+    for arguments in (["list"], ["show", record(0).id], ["list", "--json"], ["show", record(0).id, "--json"]):
+        _, out, _ = command(*arguments)
+        assert not set("\x1b\x07\u202e") & set(out)
+        assert "[red]x[/red]" in out.replace("\n", "")
+
+
+def test_without_a_database_it_says_which_option_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["astrocyte-otel-audit", "list"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run()
+    assert ended.value.code == 2
+    assert "give --dsn or set OTEL_ASTROCYTE_AUDIT_DSN" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["astrocyte-otel-audit", "list", "--help"])
+    with pytest.raises(SystemExit):
+        cli.run()
+    out = capsys.readouterr().out
+    assert "newest first" in out
+    assert "OTEL_ASTROCYTE_AUDIT_DSN" in out
+
+
+def test_the_demo_shows_nine_operations_as_nine_rows(empty_database):
+    result = subprocess.run(
+        [sys.executable, "-m", "astrocyte_otel_audit", "demo", "--dsn", empty_database],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={name: value for name, value in os.environ.items() if not name.startswith("OTEL_")},
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = [line.split()[2:6] for line in result.stdout.splitlines() if re.match(r"\d{4}-", line)]
+    assert [(action, outcome) for action, _, outcome, *_ in shown] == [
+        ("classify", "success"),
+        ("retain", "success"),
+        ("retain", "success"),
+        ("recall", "success"),
+        ("reflect", "success"),
+        ("retain", "failure"),
+        ("recall", "failure"),
+        ("consolidate", "success"),
+        ("forget", "success"),
+    ]
+    assert "9 operations, 9 rows." in result.stdout
+    assert "What to do next" in result.stdout
+    assert empty_database not in result.stdout
+    with psycopg.connect(empty_database) as connection:
+        stored = connection.execute("SELECT string_agg(astrocyte_audit_log::text, ' ') FROM astrocyte_audit_log")
+        assert "dark mode" not in stored.fetchone()[0]
+
+
+def test_without_its_extra_the_command_says_how_to_get_it(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('no', name='typer')")
+    result = subprocess.run(
+        [sys.executable, "-m", "astrocyte_otel_audit", "list"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert result.returncode == 1
+    assert result.stderr == "The command line needs an extra: pip install 'astrocyte-otel-audit[cli]'\n"
+
+
+def test_a_table_object_is_closed_by_every_command(command, table, database):
+    command("list")
+    with psycopg.connect(database) as connection:
+        ours = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name ="
+            " 'astrocyte-otel-audit' AND pid <> pg_backend_pid()"
+        )
+        assert ours.fetchone() == (0,)
