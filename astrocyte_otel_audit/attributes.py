@@ -76,7 +76,7 @@ def unflatten(path: str, value: Any, tree: dict[str, Any]) -> None:
     if isinstance(occupant, dict) and occupant:
         if value != {}:
             occupant[""] = value
-    else:
+    elif value != {} or leaf not in tree:  # an empty object has nothing that could be lost
         tree[leaf] = value
 
 

@@ -19,6 +19,7 @@ _PREFIXES: Final = (
 _SEPARATOR = re.compile(r"[_.:/-]")
 _HEX = re.compile(r"[0-9a-f]+|[0-9A-F]+")
 _MIN_RUN = 20
+_MIN_FRAGMENTS = 16
 _MIN_ENTROPY_BITS = 3.5
 
 
@@ -32,9 +33,10 @@ def looks_like_credential(token: str, *, is_id: bool) -> bool:
     """
     if token.startswith(_PREFIXES):
         return True
-    if is_id or len(token) < _MIN_RUN:
+    if is_id or len(token) < _MIN_FRAGMENTS:
         return False
-    return any(_is_random(run) for run in _SEPARATOR.split(token))
+    runs = _SEPARATOR.split(token)
+    return any(map(_is_random, runs)) or _are_random_fragments(runs)
 
 
 def _is_random(run: str) -> bool:
@@ -42,6 +44,24 @@ def _is_random(run: str) -> bool:
         return False
     if run.isdigit() or (run.isalpha() and (run.islower() or run.isupper())):
         return False
-    length = len(run)
-    entropy = -sum(count / length * math.log2(count / length) for count in Counter(run).values())
-    return entropy >= _MIN_ENTROPY_BITS
+    return _entropy_bits(run) >= _MIN_ENTROPY_BITS
+
+
+def _are_random_fragments(runs: list[str]) -> bool:
+    """Base64 has separators among its digits, which cut one token in three into runs too short to judge alone."""
+    joined = "".join(run for run in runs if not _is_word_or_number(run))
+    if len(joined) < _MIN_FRAGMENTS or not all(
+        any(map(kind, joined)) for kind in (str.islower, str.isupper, str.isdigit)
+    ):
+        return False
+    return _entropy_bits(joined) >= _MIN_ENTROPY_BITS
+
+
+def _is_word_or_number(run: str) -> bool:
+    is_word = run.isalpha() and (run.islower() or run.isupper() or run.istitle())
+    return is_word or run.isdigit() or _HEX.fullmatch(run) is not None
+
+
+def _entropy_bits(text: str) -> float:
+    length = len(text)
+    return -sum(count / length * math.log2(count / length) for count in Counter(text).values())

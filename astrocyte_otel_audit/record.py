@@ -115,6 +115,6 @@ def datetime_from_ns(nanoseconds: int) -> datetime:
 
 def ns_from_datetime(instant: datetime) -> int:
     """Return nanoseconds since the epoch; a naive datetime is taken as UTC."""
-    if instant.tzinfo is None:
+    if instant.utcoffset() is None:
         instant = instant.replace(tzinfo=UTC)
     return (instant - _EPOCH) // timedelta(microseconds=1) * 1000

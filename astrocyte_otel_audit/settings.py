@@ -19,6 +19,8 @@ DEFAULT_SCHEMA: Final = "public"
 
 #: Postgres cuts names at 63 bytes; the longest name derived from the table's has 19 more than it.
 _MAX_TABLE_NAME = 44
+#: Milliseconds that a timeout of Postgres can be: 24 days.
+_MAX_MILLIS = 2_147_483_647
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
 
 
@@ -133,9 +135,9 @@ def positive_int(value: object, source: str) -> int:
 
 
 def positive_number(value: object, source: str) -> float:
-    """Return a finite number above 0, or raise `ConfigurationError`."""
-    if type(value) not in (int, float) or not 0 < value < float("inf"):  # type: ignore[operator]
-        raise ConfigurationError(source, f"got {_shown(value)}; accepted is a number above 0")
+    """Return a number above 0 that Postgres and a thread can wait for, or raise `ConfigurationError`."""
+    if type(value) not in (int, float) or not 0 < value <= _MAX_MILLIS:  # type: ignore[operator]
+        raise ConfigurationError(source, f"got {_shown(value)}; accepted is a number above 0, at most {_MAX_MILLIS}")
     return float(value)  # type: ignore[arg-type]
 
 
@@ -154,8 +156,12 @@ def _parse_boolean(text: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value as an error may show it: by its type where it is no name or number, and never long."""
-    return repr(value)[:80] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+    """A value as an error may show it: by its type where it is no name or number, never long, never a password."""
+    if isinstance(value, str) and ("://" in value or "=" in value):
+        return "what looks like a connection string"
+    if not isinstance(value, (str, int, float)) or (isinstance(value, int) and value.bit_length() > 256):
+        return f"a {type(value).__name__}"
+    return repr(value)[:80]
 
 
 def _setting(

@@ -1,0 +1,240 @@
+"""Every setting: where its value comes from, and what is refused, by which name."""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+
+from astrocyte_otel_audit import AuditError, AuditSpanExporter, ConfigurationError
+from astrocyte_otel_audit.errors import DatabaseUnavailableError
+from astrocyte_otel_audit.settings import PREFIX, SETTINGS, actions, identifier, is_identifier, resolve
+
+PASSWORD = "hunter2-of-the-database"
+
+
+class Foreign:
+    def __repr__(self):
+        return f"<connection with {PASSWORD}>"
+
+
+#: A setting, an argument, the text of a variable, and the values that these two are taken for.
+GOOD = [
+    ("dsn", "postgresql://a/b", "host=c dbname=d", "postgresql://a/b", "host=c dbname=d"),
+    ("actions", ["retain", "re*"], "recall, classify", ("retain", "re*"), ("recall", "classify")),
+    ("actions", "*", "*", ("*",), ("*",)),
+    ("mappings", ["astrocyte"], "one , two", ("astrocyte",), ("one", "two")),
+    ("schema", "tenant_a", "Tenant-B", "tenant_a", "Tenant-B"),
+    ("table", "log", "_log$2", "log", "_log$2"),
+    ("migrate", True, "Yes", True, True),
+    ("migrate", False, "0", False, False),
+    ("max_queue_size", 1, "5000", 1, 5000),
+    ("max_export_batch_size", 10**9, "1", 10**9, 1),
+    ("schedule_delay_millis", 5, "0.5", 5.0, 0.5),
+    ("export_timeout_millis", 0.1, "1e3", 0.1, 1000.0),
+]
+
+#: A setting, the standard variable that it falls back to.
+STANDARD_VARIABLES = [
+    ("max_queue_size", "OTEL_BSP_MAX_QUEUE_SIZE"),
+    ("max_export_batch_size", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"),
+    ("schedule_delay_millis", "OTEL_BSP_SCHEDULE_DELAY"),
+    ("export_timeout_millis", "OTEL_BSP_EXPORT_TIMEOUT"),
+]
+
+BAD_ACTIONS = ["retain", "", "retain,recall", b"*", b"retain", 5, True, Foreign(), [1], ["retain", None], [b"x"], [" "]]
+BAD_NAMES = ["", "1st", "a b", 'a"b', "a;b", "a.b", "größe", "a\n", "a\x00", "x" * 64, b"log", 5, True, ["log"],
+             "pg_log", "PG_log", "information_schema", "Information_Schema"]  # fmt: skip
+BAD_COUNTS = [0, -1, True, False, 1.0, "5", b"5", int, [5], -(10**5000)]
+BAD_NUMBERS = [0, 0.0, -0.1, True, float("nan"), float("inf"), "5", [5], 10**400, 2_147_483_648]
+
+#: A setting and an argument that it refuses.
+BAD_ARGUMENTS = [
+    *(("dsn", value) for value in ["", "  ", b"host=a", 5, ["host=a"], Foreign()]),
+    *(("actions", value) for value in BAD_ACTIONS),
+    *(("mappings", value) for value in ["astrocyte", b"astrocyte", {"astrocyte": 1}, 5, Foreign()]),
+    *(("schema", value) for value in BAD_NAMES),
+    *(("table", value) for value in [*BAD_NAMES, "x" * 45, "x" * 5000, lambda: "log"]),
+    *(("migrate", value) for value in [0, 1, "true", [], Foreign()]),
+    *(("max_queue_size", value) for value in BAD_COUNTS),
+    *(("max_export_batch_size", value) for value in BAD_COUNTS),
+    *(("schedule_delay_millis", value) for value in BAD_NUMBERS),
+    *(("export_timeout_millis", value) for value in BAD_NUMBERS),
+]
+
+#: A setting and a variable's text that it refuses.
+BAD_TEXTS = [
+    *(("schema", text) for text in ["1st", "pg_x", "a b"]),
+    *(("table", text) for text in ["1st", "pg_x", "x" * 45]),
+    *(("migrate", text) for text in ["maybe", "2", "on"]),
+    *(("max_queue_size", text) for text in ["many", "0", "-5", "1.5", "1e3", "9" * 5000]),
+    *(("max_export_batch_size", text) for text in ["many", "0"]),
+    *(("schedule_delay_millis", text) for text in ["soon", "0", "-1", "nan", "inf"]),
+    *(("export_timeout_millis", text) for text in ["soon", "2147483648", "5s"]),
+]
+
+
+def shown(value: object) -> str | None:
+    return type(value).__name__ if not isinstance(value, (str, float)) else repr(value)[:12]
+
+
+def variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+class TestPrecedence:
+    @pytest.mark.parametrize(("name", "argument", "text", "from_argument", "from_text"), GOOD)
+    def test_the_argument_beats_the_variable(self, name, argument, text, from_argument, from_text):
+        environment = {variable(name): text}
+        assert SETTINGS[name].resolve(argument, environment) == from_argument
+        assert type(SETTINGS[name].resolve(argument, environment)) is type(from_argument)
+
+    @pytest.mark.parametrize(("name", "argument", "text", "from_argument", "from_text"), GOOD)
+    def test_the_variable_beats_the_default(self, name, argument, text, from_argument, from_text):
+        assert SETTINGS[name].resolve(None, {variable(name): f" {text}\n"}) == from_text
+        assert type(SETTINGS[name].resolve(None, {variable(name): text})) is type(from_text)
+
+    @pytest.mark.parametrize("name", SETTINGS)
+    @pytest.mark.parametrize("environment", [{}, "empty", "blank"])
+    def test_without_either_it_is_the_default(self, name, environment):
+        if isinstance(environment, str):
+            environment = dict.fromkeys(SETTINGS[name].variables, "" if environment == "empty" else " \t")
+        assert SETTINGS[name].resolve(None, environment) == SETTINGS[name].default
+
+    @pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.default is not None])
+    def test_a_default_is_one_that_would_be_accepted(self, name):
+        setting = SETTINGS[name]
+        assert setting.accept(setting.default, name) == setting.default
+
+    def test_the_process_environment_is_read(self, monkeypatch):
+        monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_MAX_QUEUE_SIZE", "7")
+        assert resolve("max_queue_size") == 7
+        assert resolve("max_queue_size", 8) == 8
+
+    def test_false_is_an_argument_like_any_other(self):
+        assert SETTINGS["migrate"].resolve(False, {variable("migrate"): "true"}) is False
+
+    def test_an_empty_list_is_an_argument_like_any_other(self):
+        assert SETTINGS["actions"].resolve([], {variable("actions"): "*"}) == ()
+
+    @pytest.mark.parametrize(("name", "standard"), STANDARD_VARIABLES)
+    def test_batching_falls_back_to_the_standard_variables(self, name, standard):
+        setting = SETTINGS[name]
+        assert setting.resolve(None, {standard: "123"}) == 123
+        assert setting.resolve(None, {standard: "123", variable(name): "45"}) == 45
+        assert setting.resolve(None, {standard: "123", variable(name): ""}) == 123
+
+
+class TestRefusal:
+    @pytest.mark.parametrize(("name", "argument"), BAD_ARGUMENTS, ids=shown)
+    def test_names_the_argument(self, name, argument):
+        with pytest.raises(ConfigurationError) as refused:
+            SETTINGS[name].resolve(argument, {})
+        assert refused.value.source == name
+        assert str(refused.value).startswith(f"{name}: ")
+        assert "accepted is" in str(refused.value) or "belong to Postgres" in str(refused.value)
+        assert len(str(refused.value)) < 320
+
+    @pytest.mark.parametrize(("name", "text"), BAD_TEXTS, ids=shown)
+    def test_names_the_variable(self, name, text):
+        with pytest.raises(ConfigurationError) as refused:
+            SETTINGS[name].resolve(None, {variable(name): text})
+        assert refused.value.source == variable(name)
+        assert str(refused.value).startswith(f"{variable(name)}: got ")
+        assert text[:20] in str(refused.value)
+
+    @pytest.mark.parametrize(("name", "standard"), STANDARD_VARIABLES)
+    def test_names_the_standard_variable_that_holds_the_value(self, name, standard):
+        with pytest.raises(ConfigurationError, match=f"^{standard}: got 'many'"):
+            SETTINGS[name].resolve(None, {standard: "many"})
+
+    def test_of_an_argument_does_not_depend_on_a_good_variable(self):
+        with pytest.raises(ConfigurationError, match=r"^max_queue_size: got 0;"):
+            SETTINGS["max_queue_size"].resolve(0, {variable("max_queue_size"): "5"})
+
+    @pytest.mark.parametrize(
+        ("name", "argument"),
+        [
+            ("dsn", f"postgresql://me:{PASSWORD}@host:port/db?sslmode=%"),
+            ("dsn", f"host=a password='{PASSWORD}"),
+            ("dsn", f"postgresql://me:{PASSWORD}%zz@host/db"),
+            ("dsn", f"postgresql://me:{PASSWORD}@host/db".encode()),
+            ("dsn", Foreign()),
+            ("actions", f"postgresql://me:{PASSWORD}@host/db"),
+            ("actions", [Foreign()]),
+            ("schema", f"postgresql://me:{PASSWORD}@host/db"),
+            ("table", f"host=a password={PASSWORD}"),
+            ("max_queue_size", f"postgresql://me:{PASSWORD}@host/db"),
+        ],
+        ids=shown,
+    )
+    def test_never_shows_a_connection_string_wherever_it_went(self, name, argument, storage):
+        arguments = {"storage": storage} if name not in ("dsn", "max_queue_size") else {}
+        with pytest.raises(ConfigurationError) as refused:
+            if name == "max_queue_size":
+                resolve(name, argument)
+            else:
+                AuditSpanExporter(**arguments, **{name: argument})
+        assert refused.value.source == name
+        assert PASSWORD not in "".join(traceback.format_exception_only(refused.value))
+        assert refused.value.__suppress_context__ or refused.value.__context__ is None
+
+
+class TestActions:
+    def test_an_allowlist_is_any_iterable_of_strings(self):
+        assert actions(iter(["retain", "*"]), "actions") == ("retain", "*")
+        assert actions({"retain"}, "actions") == ("retain",)
+
+    def test_a_bare_string_is_not_taken_for_a_list_of_its_letters(self):
+        with pytest.raises(ConfigurationError, match=r"got 'retain'; accepted is a list of actions or globs"):
+            actions("retain", "actions")
+
+    def test_the_member_at_fault_is_named(self):
+        with pytest.raises(ConfigurationError, match="holds a NoneType;"):
+            actions(["retain", None], "actions")
+
+    @pytest.mark.parametrize("text", [",", " , ,", ",retain,"])
+    def test_empty_places_of_a_comma_list_are_passed_over(self, text):
+        assert set(SETTINGS["actions"].resolve(None, {variable("actions"): text})) <= {"retain"}
+
+
+class TestIdentifiers:
+    @pytest.mark.parametrize("name", ["public", "Tenant_A", "_x", "tenant-42", "a$b", "x", "x" * 63, "pgx", "mypg_"])
+    def test_a_schema_may_be_any_plain_name(self, name):
+        assert identifier(name, "schema") == name
+        assert is_identifier(name)
+
+    @pytest.mark.parametrize("name", [*BAD_NAMES, None, Foreign()], ids=shown)
+    def test_whether_a_name_is_accepted_can_be_asked_without_an_error(self, name):
+        assert is_identifier(name) is False
+
+    def test_a_table_has_room_for_the_names_that_are_made_from_its_own(self):
+        assert resolve("table", "x" * 44) == "x" * 44
+        with pytest.raises(ConfigurationError, match="1 to 44 letters"):
+            resolve("table", "x" * 45)
+
+    def test_a_schema_may_be_a_function(self):
+        def tenant() -> str:
+            return "tenant_a"
+
+        assert resolve("schema", tenant) is tenant
+
+
+class TestErrors:
+    def test_a_configuration_error_is_ours_and_a_value_error(self):
+        error = ConfigurationError("table", "too long")
+        assert isinstance(error, AuditError)
+        assert isinstance(error, ValueError)
+        assert (str(error), error.source) == ("table: too long", "table")
+
+    def test_an_unavailable_database_says_its_sqlstate_where_it_has_one(self):
+        assert str(DatabaseUnavailableError("the server is shutting down", "57P01")) == (
+            "the server is shutting down [SQLSTATE 57P01]"
+        )
+        assert str(DatabaseUnavailableError("nothing listens there")) == "nothing listens there"
+
+    def test_every_setting_is_explained_and_has_a_variable_of_ours(self):
+        for name, setting in SETTINGS.items():
+            assert setting.name == name
+            assert setting.variables[0] == variable(name)
+            assert setting.help.endswith(".")
