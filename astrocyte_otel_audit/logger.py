@@ -27,6 +27,8 @@ from astrocyte_otel_audit.errors import AuditError
 from astrocyte_otel_audit.record import Outcome, ns_from_datetime
 
 _logger = logging.getLogger(__name__)
+#: One for all loggers, as they may share a provider; reentrant, as a pool_getter is anyone's code.
+_setting_up = threading.RLock()
 
 
 @dataclass
@@ -86,26 +88,25 @@ class AuditLogger:
         self._table = settings.SETTINGS["table"].accept(table, "table")
         self._tracer_provider = tracer_provider
         self._set_up = False
-        self._lock = threading.Lock()
 
     def is_enabled(self, action: str) -> bool:
         """Say whether an entry of that action would be logged."""
-        return self._enabled and self._allowlist.allows(action)
+        return self._enabled and self._allowlist.allows(action if isinstance(action, str) else "unknown")
 
     def log(self, entry: AuditEntry) -> None:
         """Log an operation that is over. `ended_at` is now, unless the entry says otherwise."""
-        if not self.is_enabled(entry.action):
-            return
-        if entry.ended_at is None:
-            entry.ended_at = datetime.now(UTC)
         try:
+            if not self.is_enabled(entry.action):
+                return
+            if entry.ended_at is None:
+                entry.ended_at = datetime.now(UTC)
             with self._scope():
-                operation = self._operation(entry, start_ns=ns_from_datetime(entry.started_at))
+                operation = self._operation(entry, start_ns=_ns(entry.started_at))
                 operation.start()
             _copy(entry, operation)
-            operation.finish(end_ns=ns_from_datetime(entry.ended_at))
-        except Exception as fault:  # an entry of wrong types: upstream swallowed those too, but said nothing
-            _logger.warning("An audit entry could not be logged (%s).", type(fault).__qualname__)
+            operation.finish(end_ns=_ns(entry.ended_at))
+        except Exception as fault:
+            _not_logged(fault)
 
     def log_with_timing(self, entry: AuditEntry) -> _Timed:
         """Return a block, for ``with`` and ``async with``, that gives the entry, times it and logs it at its end.
@@ -130,8 +131,9 @@ class AuditLogger:
             entry.action,
             bank_id=entry.bank_id,
             transport=entry.transport,
-            actor_id=entry.actor_id,
-            actor_type=entry.actor_type,
+            # An entry made by upstream's class has no such fields.
+            actor_id=getattr(entry, "actor_id", None),
+            actor_type=getattr(entry, "actor_type", None),
             tracer_provider=self._tracer_provider,
             start_ns=start_ns,
         )
@@ -153,7 +155,7 @@ class AuditLogger:
         if self._set_up:
             return
         provider = self._tracer_provider or trace.get_tracer_provider()
-        with self._lock:
+        with _setting_up:
             if self._set_up:
                 return
             if attached_to(provider):
@@ -161,19 +163,22 @@ class AuditLogger:
                 return
             try:
                 pool = self._pool_getter()
-                if pool is None:
-                    return  # not open yet; asked again at the next entry
-                self._set_up = True
+            except Exception as fault:
+                _logger.warning("pool_getter failed (%s); it is asked again.", type(fault).__qualname__)
+                return
+            if pool is None:
+                return  # not open yet; asked again at the next entry
+            try:
                 configure_audit(
                     dsn=dsn_of_pool(pool),
                     actions=self._allowlist.actions,
                     table=self._table,
                     tracer_provider=self._tracer_provider,
                 )
-            except AuditError as refused:
-                _logger.error("No audit entry will be written: %s", refused)
             except Exception as fault:
-                _logger.warning("pool_getter failed (%s); it is asked again.", type(fault).__qualname__)
+                reason = fault if isinstance(fault, AuditError) else type(fault).__qualname__
+                _logger.error("No audit entry will be written: %s", reason)
+            self._set_up = True  # not before: another thread that sees it goes on without the lock
 
 
 class _Timed:
@@ -185,17 +190,23 @@ class _Timed:
         self._block = ExitStack()
 
     def __enter__(self) -> AuditEntry:
-        self._entry.started_at = datetime.now(UTC)
-        if self._logger.is_enabled(self._entry.action):
-            self._block.enter_context(self._logger._scope())
-            operation = self._block.enter_context(self._logger._operation(self._entry))
-            self._block.callback(_copy, self._entry, operation)  # the last one in is the first one called
+        try:
+            self._entry.started_at = datetime.now(UTC)
+            if self._logger.is_enabled(self._entry.action):
+                self._block.enter_context(self._logger._scope())
+                operation = self._block.enter_context(self._logger._operation(self._entry))
+                self._block.callback(_copy, self._entry, operation)  # the last one in is the first one called
+        except Exception as fault:
+            _not_logged(fault)
         return self._entry
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._entry.ended_at = datetime.now(UTC)
+        try:
+            self._entry.ended_at = datetime.now(UTC)
+        except Exception as fault:
+            _not_logged(fault)
         self._block.__exit__(kind, error, traceback)
 
     async def __aenter__(self) -> AuditEntry:
@@ -208,11 +219,26 @@ class _Timed:
 
 
 def _copy(entry: AuditEntry, operation: AuditOperation) -> None:
-    operation.bank_id = entry.bank_id if entry.bank_id is not None else operation.bank_id
-    operation.request = entry.request
-    operation.response = entry.response
-    operation.metadata = dict(entry.metadata or {})
-    operation.outcome = entry.outcome
+    try:
+        for name in ("bank_id", "transport", "actor_id", "actor_type"):
+            if (value := getattr(entry, name, None)) is not None:  # else the scope's stays
+                setattr(operation, name, value)
+        operation.request = entry.request
+        operation.response = entry.response
+        operation.metadata = entry.metadata
+        operation.outcome = getattr(entry, "outcome", None)
+    except Exception as fault:
+        _not_logged(fault)
+
+
+def _ns(instant: datetime) -> int | None:
+    """Return nanoseconds since the epoch; None, which reads as now, for what is no instant."""
+    return ns_from_datetime(instant) if isinstance(instant, datetime) else None
+
+
+def _not_logged(fault: Exception) -> None:
+    # An entry of wrong types, which must not hurt the application. Without the message, which may quote a payload.
+    _logger.warning("An audit entry could not be logged (%s).", type(fault).__qualname__)
 
 
 _default: AuditLogger | None = None

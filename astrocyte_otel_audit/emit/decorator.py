@@ -84,9 +84,12 @@ def audited(
 
         def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AuditOperation:
             arguments = bind(args, kwargs)
+            bank = _bank(bank_id, arguments)
+            if bank_id is None and request is True:
+                arguments.pop("bank_id", None)  # it has a column of its own, and needn't be in the request too
             return AuditOperation(
                 action,
-                bank_id=_bank(bank_id, arguments),
+                bank_id=bank,
                 transport=transport,
                 request=_choose(request, arguments),
                 required=required,
@@ -100,11 +103,13 @@ def audited(
 
 
 def _wrap(function: Callable[..., Any], begin: _Begin, response: Response) -> Callable[..., Any]:
-    if inspect.isasyncgenfunction(function):
+    # An object that is called like a function is what its __call__ is.
+    bodies = (function, getattr(function, "__call__", None))  # noqa: B004 - which is asked for its kind
+    if any(map(inspect.isasyncgenfunction, bodies)):
         return _wrap_async_generator(function, begin, response)
-    if inspect.isgeneratorfunction(function):
+    if any(map(inspect.isgeneratorfunction, bodies)):
         return _wrap_generator(function, begin, response)
-    if inspect.iscoroutinefunction(function):
+    if any(map(inspect.iscoroutinefunction, bodies)):
         return _wrap_coroutine(function, begin, response)
 
     @functools.wraps(function)
@@ -144,14 +149,10 @@ def _wrap_generator(function: Callable[..., Any], begin: _Begin, response: Respo
                     item = advance(value)
                 count += 1
                 try:
-                    advance, value = inner.send, (yield item)
-                except GeneratorExit:
-                    closed_early = True
-                    with operation.current():
-                        inner.close()
-                    raise
-                except BaseException as thrown:  # the consumer's throw(): the body may handle it
-                    advance, value = inner.throw, thrown
+                    value = yield item
+                    advance, closed_early = inner.send, False
+                except BaseException as thrown:  # the consumer's throw() or close(): the body may handle it
+                    advance, value, closed_early = inner.throw, thrown, isinstance(thrown, GeneratorExit)
         except StopIteration as stop:
             return stop.value
         except BaseException as raised:
@@ -182,6 +183,8 @@ def _wrap_async_generator(function: Callable[..., Any], begin: _Begin, response:
                 try:
                     advance, value = inner.asend, (yield item)
                 except GeneratorExit:
+                    # Not by athrow(): an event loop that ends closes the inner generator too, in any order, and
+                    # athrow() on a closed one gives None as if it were an item (CPython 3.11).
                     closed_early = True
                     with operation.current():
                         await inner.aclose()
@@ -226,9 +229,7 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
 
 def _bank(bank_id: str | Callable[[Arguments], str | None] | None, arguments: dict[str, Any]) -> str | None:
     if bank_id is None:
-        return cast(
-            "str | None", arguments.pop("bank_id", None)
-        )  # it has a column of its own, and needn't be in the request too
+        return cast("str | None", arguments.get("bank_id"))
     if isinstance(bank_id, str):
         return bank_id
     chosen = _choose(bank_id, arguments)

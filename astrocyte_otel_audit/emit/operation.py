@@ -6,10 +6,9 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Token
-from functools import cached_property
+from itertools import islice
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
-from uuid import UUID
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -18,9 +17,10 @@ from opentelemetry.trace import Span, Status, StatusCode, Tracer, TracerProvider
 
 from astrocyte_otel_audit import attributes
 from astrocyte_otel_audit._version import __version__
-from astrocyte_otel_audit.emit.scope import current_scope
+from astrocyte_otel_audit.emit.scope import as_text, current_scope
 from astrocyte_otel_audit.errors import AuditUnavailableError
 from astrocyte_otel_audit.normalize import Normalizer
+from astrocyte_otel_audit.payload_values import MAX_SCANNED
 from astrocyte_otel_audit.record import NO_SCOPE, OUTCOMES, Outcome, ScopeDefaults
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class AuditOperation:
     Leaving the block ends the span. The outcome is ``failure`` if an exception leaves it (its class is kept, its
     message isn't, since that can hold raw text), else ``success``, unless `outcome` was set. Nothing in here raises
     into the block or around it, but for `AuditUnavailableError` with ``required=True``. An instance belongs to
-    one thread or task; a new block starts a new operation.
+    one thread or task. Used for another block, it is another operation: what the last block set is forgotten.
     """
 
     # Defaults on the class: an operation is made for every call, and most of these are never touched.
@@ -70,6 +70,8 @@ class AuditOperation:
     _span: Span = trace.INVALID_SPAN
     _context: Context | None = None
     _token: Token[Context] | None = None
+    _metadata: dict[str, object] | None = None
+    _receipt: str | None = None
 
     def __init__(
         self,
@@ -86,7 +88,8 @@ class AuditOperation:
         tracer_provider: TracerProvider | Tracer | None = None,
         start_ns: int | None = None,
     ) -> None:
-        self.action = action if isinstance(action, str) and action else "unknown"
+        # An enum of strings is welcome; on the span, a string is a string.
+        self.action = str.__str__(action) if isinstance(action, str) and action else "unknown"
         #: The bank, if it is only known inside the block.
         self.bank_id = bank_id
         self.transport = transport
@@ -95,24 +98,33 @@ class AuditOperation:
         #: The arguments as the caller has them. Normalized at the start, so that what the body does to them doesn't
         #: show; or at the end, if the body assigns another payload.
         self.request: Mapping[str, object] | object | None = request
-        if metadata:
-            self.metadata.update(metadata)
+        if metadata is not None:
+            self.metadata = metadata
+        # For another block with the same instance.
+        self._made_with = (bank_id, transport, actor_id, actor_type, request, metadata)
         self._required = required
         self._normalizer = normalizer
         self._tracer = _tracer if tracer_provider is None else tracer_of(tracer_provider)
         self._start_ns = start_ns
 
-    @cached_property
+    @property
     def metadata(self) -> dict[str, object]:
         """Whatever else is worth keeping; normalized at the end."""
-        return {}
+        if self._metadata is None:
+            self._metadata = {}
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, value: Mapping[str, object]) -> None:
+        try:
+            self._metadata = dict(islice(value.items(), MAX_SCANNED))
+        except Exception:  # no mapping, or a hostile one: whatever it is, the normalizer describes it
+            self._metadata = {"value": value}
 
     @property
     def record_id(self) -> str | None:
         """The id of the row to be, once a pipeline has taken the operation; None where none has."""
-        # Only SDK spans can be read; the API's have no attributes to look at.
-        found = (getattr(self._span, "attributes", None) or {}).get(attributes.RECORD_ID)
-        return found if isinstance(found, str) else None
+        return self._receipt
 
     def start(self) -> None:
         """Start the span, without making it current.
@@ -126,7 +138,7 @@ class AuditOperation:
                 self._take_defaults(scope)
             initial: dict[str, Any] = {attributes.ACTION: self.action}
             if self.bank_id is not None:
-                initial[attributes.BANK_ID] = _as_text(self.bank_id)
+                initial[attributes.BANK_ID] = as_text(self.bank_id)
             if self._required:
                 initial[attributes.REQUIRED] = True
             self._span = self._tracer.start_span(
@@ -138,12 +150,15 @@ class AuditOperation:
                 record_exception=False,
                 set_status_on_exception=False,
             )
+            # Only SDK spans can be read; the API's have no attributes to look at.
+            receipt = (getattr(self._span, "attributes", None) or {}).get(attributes.RECORD_ID)
+            self._receipt = receipt if isinstance(receipt, str) else None
             if self.request is not None and self._span.is_recording():
                 self._given, self._normal_request = self.request, self._normal(self.request, attributes.REQUEST)
         except Exception as fault:
             self._span = trace.INVALID_SPAN
             _not_audited("start", self.action, fault)
-        if self._required and self.record_id is None:
+        if self._required and self._receipt is None:
             unavailable = AuditUnavailableError(
                 f"audit of {self.action!r} is required, but no audit pipeline took it: is configure_audit() called, is "
                 "its AuditSampler in place, and does the pipeline still run?"
@@ -161,41 +176,46 @@ class AuditOperation:
         span = self._span
         try:
             if span.is_recording():
-                if error is not None and self.error_type is None:
-                    self.error_type = error_type(type(error))
-                outcome = self.outcome if self.outcome is not None else "success" if error is None else "failure"
-                if outcome not in OUTCOMES:
-                    _logger.warning("An audit outcome is success, failure or unknown; another value reads as unknown.")
-                    outcome = "unknown"
-                if self.request is self._given:
-                    final = dict(self._normal_request)
-                else:
-                    final = self._normal(self.request, attributes.REQUEST)
-                if self.response is not None:
-                    final.update(self._normal(self.response, attributes.RESPONSE))
-                if "metadata" in self.__dict__:
-                    final.update(self._normal(self.metadata, attributes.METADATA))
-                final[attributes.OUTCOME] = outcome
-                if outcome == "failure":
-                    span.set_status(_FAILED)
-                    if self.error_type is not None:
-                        final[attributes.ERROR_TYPE] = self.error_type
-                self._identify(final)
-                receipt = self.record_id
-                span.set_attributes(final)
-                if getattr(span, "dropped_attributes", 0):
-                    # An overflowing span drops its oldest attributes, and some of ours are as old as the span. What a
-                    # record can't do without goes in once more, last.
-                    vital = {attributes.ACTION: self.action, attributes.OUTCOME: outcome}
-                    self._identify(vital)
-                    if receipt is not None:
-                        vital[attributes.RECORD_ID] = receipt
-                    if attributes.ERROR_TYPE in final:
-                        vital[attributes.ERROR_TYPE] = final[attributes.ERROR_TYPE]
-                    span.set_attributes(vital)
+                self._describe(span, error)
+        except Exception as fault:
+            _not_audited("be described", self.action, fault)
+        try:
             span.end(end_ns)
         except Exception as fault:
             _not_audited("end", self.action, fault)
+
+    def _describe(self, span: Span, error: BaseException | None) -> None:
+        if error is not None and self.error_type is None:
+            self.error_type = error_type(type(error))
+        outcome = "success" if error is None else "failure"
+        if self.outcome is not None and (outcome := as_text(self.outcome)) not in OUTCOMES:
+            _logger.warning("An audit outcome is success, failure or unknown; another value reads as unknown.")
+            outcome = "unknown"
+        if self.request is self._given:
+            final = dict(self._normal_request)
+        else:
+            final = self._normal(self.request, attributes.REQUEST)
+        if self.response is not None:
+            final.update(self._normal(self.response, attributes.RESPONSE))
+        if self._metadata:
+            final.update(self._normal(self._metadata, attributes.METADATA))
+        final[attributes.OUTCOME] = outcome
+        if outcome == "failure":
+            span.set_status(_FAILED)
+            if self.error_type is not None:
+                final[attributes.ERROR_TYPE] = as_text(self.error_type)
+        self._identify(final)
+        span.set_attributes(final)
+        if getattr(span, "dropped_attributes", 0):
+            # An overflowing span drops its oldest attributes, and some of ours are as old as the span. What a
+            # record can't do without goes in once more, last.
+            vital = {attributes.ACTION: self.action, attributes.OUTCOME: outcome}
+            self._identify(vital)
+            if self._receipt is not None:
+                vital[attributes.RECORD_ID] = self._receipt
+            if attributes.ERROR_TYPE in final:
+                vital[attributes.ERROR_TYPE] = final[attributes.ERROR_TYPE]
+            span.set_attributes(vital)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -218,7 +238,8 @@ class AuditOperation:
             self._token = None
 
     def __enter__(self) -> Self:
-        self._context = None
+        if self._span is not trace.INVALID_SPAN:
+            self._renew()
         self.start()
         self._resume()
         return self
@@ -237,6 +258,12 @@ class AuditOperation:
     ) -> None:
         self.__exit__(kind, error, traceback)
 
+    def _renew(self) -> None:
+        self.bank_id, self.transport, self.actor_id, self.actor_type, self.request, metadata = self._made_with
+        self.metadata = {} if metadata is None else metadata
+        self.response = self.outcome = self.error_type = self._context = self._given = None
+        self._normal_request = {}
+
     def _take_defaults(self, scope: ScopeDefaults) -> None:
         if self.bank_id is None:
             self.bank_id = scope.bank_id
@@ -249,25 +276,18 @@ class AuditOperation:
 
     def _identify(self, known: dict[str, Any]) -> None:
         if self.bank_id is not None:
-            known[attributes.BANK_ID] = _as_text(self.bank_id)
+            known[attributes.BANK_ID] = as_text(self.bank_id)
         if self.transport is not None:
-            known[attributes.TRANSPORT] = _as_text(self.transport)
+            known[attributes.TRANSPORT] = as_text(self.transport)
         if self.actor_id is not None:
-            known[attributes.ACTOR_ID] = _as_text(self.actor_id)
+            known[attributes.ACTOR_ID] = as_text(self.actor_id)
         if self.actor_type is not None:
-            known[attributes.ACTOR_TYPE] = _as_text(self.actor_type)
+            known[attributes.ACTOR_TYPE] = as_text(self.actor_type)
         if self._required:
             known[attributes.REQUIRED] = True
 
     def _normal(self, payload: object, prefix: str) -> dict[str, Any]:
         return (self._normalizer or _default_normalizer).attributes(payload, prefix, self.action)
-
-
-def _as_text(value: object) -> str:
-    """An id as text: a UUID or a number reads as such, a foreign object by the name of its type."""
-    if isinstance(value, str):
-        return str.__str__(value)
-    return str(value) if type(value) in (int, UUID) else type(value).__qualname__
 
 
 def _not_audited(moment: str, action: str, fault: Exception) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextvars import Token
 from types import TracebackType
 from typing import Self
+from uuid import UUID
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 
 from astrocyte_otel_audit.attributes import SCOPE_CONTEXT_KEY
+from astrocyte_otel_audit.payload_values import type_name
 from astrocyte_otel_audit.record import NO_SCOPE, ScopeDefaults
 
 
@@ -21,6 +23,16 @@ def current_scope(context: Context | None = None) -> ScopeDefaults:
     """
     scope = otel_context.get_value(SCOPE_CONTEXT_KEY, context)
     return scope if isinstance(scope, ScopeDefaults) else NO_SCOPE
+
+
+def as_text(value: object) -> str:
+    """Return an id as text: a UUID or a number reads as such, a foreign object by the name of its type."""
+    kind = type(value)  # not isinstance, which asks the object what it is
+    if issubclass(kind, str):
+        return str.__str__(value)
+    if kind is UUID or (kind is int and value.bit_length() <= 208):  # type: ignore[attr-defined]
+        return str(value)
+    return type_name(value)
 
 
 class audit_scope:  # noqa: N801 - used as a function, like contextlib's own
@@ -48,7 +60,9 @@ class audit_scope:  # noqa: N801 - used as a function, like contextlib's own
         bank_id: str | None = None,
         schema: str | None = None,
     ) -> None:
-        self._own = ScopeDefaults(actor_id, actor_type, transport, bank_id, schema)
+        # As text already here: what a span of another library takes from a scope goes into its row as it is.
+        given = (actor_id, actor_type, transport, bank_id, schema)
+        self._own = ScopeDefaults(*(None if value is None else as_text(value) for value in given))
         self._tokens: list[Token[Context]] = []
 
     def __enter__(self) -> Self:
