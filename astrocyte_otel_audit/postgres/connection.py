@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,10 +142,17 @@ def dsn_of_pool(pool: object) -> str:
             "asyncpg pool does not say how it connects: call configure_audit(dsn=…) instead)",
         )
     conninfo, kwargs = (value() if callable(value) else value for value in (pool.conninfo, pool.kwargs))
+    for value in (conninfo, kwargs):
+        if inspect.iscoroutine(value):
+            value.close()  # it would warn that nobody awaited it
     if not isinstance(conninfo, str) or not (kwargs is None or isinstance(kwargs, dict)):
         raise ConfigurationError(
             "pool_getter", "gives a pool that connects by a coroutine; call configure_audit(dsn=…) instead"
         )
     # The rest, such as a row factory, is how the application likes its connections.
     understood = {option.keyword.decode() for option in Conninfo.get_defaults()}
-    return make_conninfo(conninfo, **{name: value for name, value in (kwargs or {}).items() if name in understood})
+    try:
+        return make_conninfo(conninfo, **{name: value for name, value in (kwargs or {}).items() if name in understood})
+    except psycopg.Error:
+        # Not chained: psycopg's message prints the string it could not parse.
+        raise ConfigurationError("pool_getter", "gives a pool whose connection string can't be parsed") from None

@@ -53,8 +53,13 @@ def _texts(values: Sequence[str | None]) -> str:
     present = [value for value in values if value is not None]
     whole = "".join(present)
     if not whole.isascii() or "\x00" in whole or len(max(present, key=len, default="")) > _MAX_TEXT:
-        values = [None if value is None else _UNSTORABLE.sub("\ufffd", value[:_MAX_TEXT]) for value in values]
+        values = [None if value is None else text(value) for value in values]
     return _array(values)
+
+
+def text(value: str) -> str:
+    """Return a text as a column takes it: cut, NUL and lone surrogates replaced."""
+    return _UNSTORABLE.sub("\ufffd", value[:_MAX_TEXT])
 
 
 def _instants(values: Sequence[datetime | None]) -> str:
@@ -62,8 +67,8 @@ def _instants(values: Sequence[datetime | None]) -> str:
 
 
 def _instant(value: datetime) -> str:
-    # Without its zone a datetime prints in half the time.
-    utc = value if value.tzinfo is UTC else value.astimezone(UTC)
+    # Without its zone a datetime prints in half the time. A naive one is taken as UTC, as `ns_from_datetime` does.
+    utc = value if value.tzinfo is UTC or value.tzinfo is None else value.astimezone(UTC)
     return utc.replace(tzinfo=None).isoformat(" ") + "Z"
 
 

@@ -13,6 +13,7 @@ import enum
 from typing import Final, NamedTuple
 
 import psycopg
+from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
 
 class FaultClass(enum.Enum):
@@ -36,26 +37,35 @@ class Fault(NamedTuple):
 
 _RETRY, _PARK, _SET_ASIDE = FaultClass.RETRY, FaultClass.PARK, FaultClass.SET_ASIDE
 
-#: By SQLSTATE (PostgreSQL manual, appendix A): the longest prefix that fits is the class.
+_NO_RIGHT: Final = (
+    "a right is missing; GRANT the role USAGE on the schema, and on the table INSERT to write or SELECT to read; "
+    "migrating needs CREATE on the schema and the table's owner"
+)
+
+#: By SQLSTATE (PostgreSQL manual, appendix A): its own entry goes before that of its first two characters.
 _BY_SQLSTATE: Final[dict[str, tuple[FaultClass, str]]] = {
     "08": (_RETRY, "the connection broke"),
     "22": (_SET_ASIDE, "a value can't be stored in its column"),
     "23": (_SET_ASIDE, "a constraint of the table refuses the record"),
     "25006": (_RETRY, "the server is read-only, as a standby is; point the DSN at the primary"),
+    "25P03": (_RETRY, "the server ended the session, as its transaction was idle for too long"),
+    "25P04": (_RETRY, "the server ended the session, as its transaction took too long"),
     "27": (_SET_ASIDE, "a trigger of the table refuses the record"),
     "28": (_RETRY, "the server refuses the login; check user, password and pg_hba.conf"),
     "3D": (_RETRY, "the database does not exist; create it or correct the DSN"),
     "3F": (_PARK, "the schema does not exist; create it, or run `astrocyte-otel-audit migrate --create-schema`"),
     "40": (_RETRY, "the transaction was rolled back by a concurrent one"),
-    "42501": (_PARK, "a right is missing; GRANT USAGE on the schema and INSERT on the table to the writer's role"),
-    "42703": (_PARK, "the table lacks a column; run `astrocyte-otel-audit migrate`"),
+    "42501": (_PARK, _NO_RIGHT),
+    "42703": (_PARK, "the table lacks a column; run `astrocyte-otel-audit migrate`, if it is an audit log"),
     "42P01": (_PARK, "the table does not exist; run `astrocyte-otel-audit migrate`, or set migrate=True"),
     "42804": (_PARK, "the table's columns have other types; is it an audit log?"),
     "44": (_SET_ASIDE, "a view's check option refuses the record"),
     "53": (_RETRY, "the server is out of disk, memory or connections"),
     "54": (_SET_ASIDE, "the record exceeds a limit of Postgres"),
     "55": (_RETRY, "the table is locked"),
-    "57": (_RETRY, "the server is shutting down, starting up, or cancelled the statement"),
+    "55000": (_PARK, "no rows can be added to what has the table's name; is it a view?"),
+    "57": (_RETRY, "the server is shutting down or starting up, or ended the session"),
+    "57014": (_RETRY, "the statement was cancelled or took too long; is the table locked, or the server overloaded?"),
     "58": (_RETRY, "the server has trouble with its own files"),
     "P0": (_SET_ASIDE, "a trigger of the table refuses the record"),
 }
@@ -64,12 +74,15 @@ _BY_SQLSTATE: Final[dict[str, tuple[FaultClass, str]]] = {
 _BY_MESSAGE: Final[tuple[tuple[str, str], ...]] = (
     ("password authentication failed", "the password is wrong; correct it in the DSN"),
     ("no password supplied", "the server wants a password; put one into the DSN, or into ~/.pgpass"),
-    ("no pg_hba.conf entry", "the server admits nobody from here; add a line to pg_hba.conf"),
+    ("pg_hba.conf", "the server's pg_hba.conf does not admit this user from here to this database; add a line to it"),
     ("authentication failed", "the login failed; check the user and its way of authentication"),
-    ('role "', "the role does not exist; create it or correct the DSN"),
-    ('database "', "the database does not exist; create it or correct the DSN"),
     ("too many", "the server has no connection free; raise max_connections or close some"),
     ("remaining connection slots", "the server has no connection free; raise max_connections or close some"),
+    ("is not permitted to log in", "the role may not log in; ALTER ROLE … LOGIN, or correct the DSN"),
+    ("permission denied for database", "the role may not use the database; GRANT CONNECT on it, or correct the DSN"),
+    ("not currently accepting connections", "the database lets nobody in; ALTER DATABASE … ALLOW_CONNECTIONS true"),
+    ('role "', "the role does not exist; create it or correct the DSN"),
+    ('database "', "the database does not exist; create it or correct the DSN"),
     ("starting up", "the server is starting up"),
     ("shutting down", "the server is shutting down"),
     ("could not translate host name", "the host's name can't be resolved; correct the DSN"),
@@ -77,6 +90,11 @@ _BY_MESSAGE: Final[tuple[tuple[str, str], ...]] = (
     ("connection refused", "nothing listens at that host and port; is Postgres running?"),
     ("no such file or directory", "there is no such socket; is Postgres running?"),
     ("timeout", "no answer in time; is the host reachable?"),
+    ("timed out", "no answer in time; is the host reachable?"),
+    ("closed the connection", "the connection broke"),
+    ("connection has been closed", "the connection broke"),
+    ("connection is lost", "the connection broke"),
+    ("eof detected", "the connection broke"),
     ("ssl", "the encrypted connection failed; check sslmode and the certificates"),
 )
 
@@ -89,12 +107,14 @@ def classify(error: BaseException) -> Fault:
             if (found := _BY_SQLSTATE.get(sqlstate[:length])) is not None:
                 return Fault(*found, sqlstate)
         return Fault(_PARK, "Postgres refuses the statement; see the SQLSTATE", sqlstate)
+    if isinstance(error, (PoolClosed, PoolTimeout, TooManyRequests)):
+        return Fault(_RETRY, "the lent pool gives no connection; is it open, large enough, and is Postgres running?")
     if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, OSError)):
         message = str(error).lower()
         for fragment, reason in _BY_MESSAGE:
             if fragment in message:
                 return Fault(_RETRY, reason)
         return Fault(_RETRY, "the connection failed")
-    if isinstance(error, (psycopg.Error, ValueError, TypeError, OverflowError)):
+    if isinstance(error, (psycopg.Error, ValueError, TypeError, AttributeError, OverflowError)):
         return Fault(_SET_ASIDE, f"the record can't be turned into a statement ({type(error).__name__})")
     return Fault(_PARK, f"an unexpected {type(error).__name__}")

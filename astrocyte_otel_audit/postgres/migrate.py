@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.rows import tuple_row
 
 from astrocyte_otel_audit.postgres.statements import migrations, statement
 
 
-def migrate(connection: psycopg.Connection[Any], schema: str, table: str, *, create_schema: bool = False) -> list[str]:
+def migrate(
+    connection: psycopg.Connection[Any],
+    schema: str,
+    table: str,
+    *,
+    create_schema: bool = False,
+    lock_timeout_seconds: float = 30.0,
+) -> list[str]:
     """Bring one schema's table to the newest version, in one transaction. Any number of processes may call it at once.
 
     Args:
@@ -19,6 +29,8 @@ def migrate(connection: psycopg.Connection[Any], schema: str, table: str, *, cre
         schema: where the table is or shall be.
         table: name of the table; names of its indexes and side tables begin with it.
         create_schema: create the schema if it does not exist.
+        lock_timeout_seconds: how long to wait for one lock. Whoever waits for a table keeps all others waiting
+            behind it, its writers included, so this has an end.
 
     Returns:
         Names of the migrations that were applied now; empty where the table was up to date, and then nothing
@@ -27,35 +39,42 @@ def migrate(connection: psycopg.Connection[Any], schema: str, table: str, *, cre
     Raises:
         psycopg.Error: as it comes; `faults.classify` says what it means.
     """
-    if not _pending(connection, schema, table):
-        return []
-    with connection.transaction():
+    with _transaction(connection, lock_timeout_seconds) as cursor:
+        if not _pending(cursor, schema, table):
+            return []
+    with _transaction(connection, lock_timeout_seconds) as cursor:
         # Transaction-scoped, so it also holds behind a transaction pooler and can't be left behind.
-        connection.execute("SELECT pg_advisory_xact_lock(%s)", [_lock_key(schema, table)])
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_lock_key(schema)])
         if create_schema:
-            connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
-        connection.execute(statement("migrations_ledger", schema, table))
+            cursor.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
+        cursor.execute(statement("migrations_ledger", schema, table))
         applied: list[str] = []
-        for version, name in _missing(connection, schema, table):
-            connection.execute(statement(name, schema, table))
-            connection.execute(statement("migrations_done", schema, table), [version, name.rpartition("/")[2]])
+        for version, name in _missing(cursor, schema, table):
+            cursor.execute(statement(name, schema, table))
+            cursor.execute(statement("migrations_done", schema, table), [version, name.rpartition("/")[2]])
             applied.append(name.rpartition("/")[2])
     return applied
 
 
-def _pending(connection: psycopg.Connection[Any], schema: str, table: str) -> bool:
-    with connection.transaction():
-        ledger = connection.execute(
-            "SELECT to_regclass(%s)", [statement("migrations_name", schema, table).as_string(connection).strip()]
-        ).fetchone()
-        return ledger is None or ledger[0] is None or bool(_missing(connection, schema, table))
+@contextmanager
+def _transaction(connection: psycopg.Connection[Any], lock_timeout_seconds: float) -> Iterator[psycopg.Cursor[Any]]:
+    # A lent connection may have rows of another kind.
+    with connection.transaction(), connection.cursor(row_factory=tuple_row) as cursor:
+        cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{max(1, lock_timeout_seconds * 1000):.0f}ms"])
+        yield cursor
 
 
-def _missing(connection: psycopg.Connection[Any], schema: str, table: str) -> list[tuple[int, str]]:
-    done = {row[0] for row in connection.execute(statement("migrations_applied", schema, table))}
+def _pending(cursor: psycopg.Cursor[Any], schema: str, table: str) -> bool:
+    (has_ledger,) = cursor.execute(statement("migrations_begun", schema, table)).fetchall()[0]
+    return not has_ledger or bool(_missing(cursor, schema, table))
+
+
+def _missing(cursor: psycopg.Cursor[Any], schema: str, table: str) -> list[tuple[int, str]]:
+    done = {row[0] for row in cursor.execute(statement("migrations_applied", schema, table))}
     return [(version, name) for version, name in migrations() if version not in done]
 
 
-def _lock_key(schema: str, table: str) -> int:
-    digest = hashlib.sha256(f"astrocyte-otel-audit {schema}.{table}".encode()).digest()
+def _lock_key(schema: str) -> int:
+    # Of the schema, not of the table: two tables of a new schema would both create it.
+    digest = hashlib.sha256(f"astrocyte-otel-audit {schema}".encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)

@@ -30,12 +30,11 @@ def _text(name: str) -> str:
 
 
 def _names(schema: str, table: str) -> dict[str, sql.Composable]:
-    names: dict[str, sql.Composable] = {
-        "schema": sql.Identifier(schema),
-        "log": sql.Identifier(schema, table),
-        "set_aside": sql.Identifier(schema, f"{table}_set_aside"),
-        "migrations": sql.Identifier(schema, f"{table}_migrations"),
-    }
+    names: dict[str, sql.Composable] = {"schema": sql.Identifier(schema)}
+    for relation, suffix in (("log", ""), ("set_aside", "_set_aside"), ("migrations", "_migrations")):
+        names[relation] = sql.Identifier(schema, table + suffix)
+        # The same as a text, for functions that look it up.
+        names[f"{relation}_name"] = sql.Literal(names[relation].as_string(None))
     # An index lives in its table's schema; for the default table the names are upstream's own.
     for index in ("bank_started_idx", "action_started_idx", "started_idx", "trace_idx", "recorded_idx"):
         names[index] = sql.Identifier(f"{table}_{index}")

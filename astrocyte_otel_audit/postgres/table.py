@@ -16,10 +16,14 @@ from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import ConfigurationError, DatabaseUnavailableError
 from astrocyte_otel_audit.postgres import migrate
 from astrocyte_otel_audit.postgres.connection import Connections
-from astrocyte_otel_audit.postgres.encoding import columns, record_text
+from astrocyte_otel_audit.postgres.encoding import columns, record_text, text
 from astrocyte_otel_audit.postgres.faults import Fault, FaultClass, classify
 from astrocyte_otel_audit.postgres.statements import statement
 from astrocyte_otel_audit.record import AuditRecord
+
+#: Postgres holds a timeout as 31 bits of milliseconds.
+_LONGEST_SECONDS = 2_000_000.0
+_NO_SCHEMA = Fault(FaultClass.SET_ASIDE, "the name of its tenant's schema can't be a schema's name")
 
 
 @dataclass(slots=True)
@@ -48,17 +52,20 @@ class Cursor(NamedTuple):
         return f"{self.started_at.isoformat()}/{self.id}"
 
     @classmethod
-    def parse(cls, text: str) -> Cursor:
+    def parse(cls, printed: str) -> Cursor:
         """Return the cursor that was printed so.
 
         Raises:
             ConfigurationError: a text that isn't one.
         """
-        instant, _, record_id = text.partition("/")
+        instant, _, record_id = printed.partition("/")
         try:
-            return cls(datetime.fromisoformat(instant), record_id)
+            cursor = cls(datetime.fromisoformat(instant), record_id)
+            if cursor.started_at.tzinfo is not None and _uuid(record_id):
+                return cursor
         except ValueError:
-            raise ConfigurationError("after", "not a cursor; accepted is what the page before gave as `next`") from None
+            pass
+        raise ConfigurationError("after", "not a cursor; accepted is what the page before gave as `next`")
 
 
 class Page(NamedTuple):
@@ -106,7 +113,8 @@ class AuditTable:
         self._connections = connections
         self._migrates = migrate
         self._migrated: set[str] = set()
-        timeout = sql.Literal(max(1, round(statement_timeout_seconds * 1000)))
+        self._timeout_seconds = min(statement_timeout_seconds, _LONGEST_SECONDS)
+        timeout = sql.Literal(max(1, round(self._timeout_seconds * 1000)))
         self._settings = sql.SQL(
             "SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = {}; SET LOCAL TimeZone = 'UTC'"
         ).format(timeout, timeout)
@@ -148,9 +156,8 @@ class AuditTable:
 
     def _append(self, schema: str, batch: list[AuditRecord], result: Appended) -> None:
         if not settings.is_identifier(schema):
-            fault = Fault(FaultClass.SET_ASIDE, "the name of its tenant's schema can't be a schema's name")
             for record in batch:
-                self._set_aside(self.schema, record, fault, result)
+                self._set_aside(self.schema, record, _NO_SCHEMA, result)
             return None
         try:
             with self._transaction() as connection:
@@ -159,16 +166,16 @@ class AuditTable:
             fault = classify(error)
             if fault.kind is FaultClass.RETRY:
                 raise DatabaseUnavailableError(fault.reason, fault.sqlstate) from None
-            if fault.kind is FaultClass.PARK:
-                if self._migrates and schema not in self._migrated:
-                    refused = self._try_migrate(schema)
-                    if refused is None:
-                        return self._append(schema, batch, result)
-                    fault = refused
-                result.parked[schema] = (fault, batch)
-            elif len(batch) <= 1:
-                for record in batch:  # none, where `check` asked
-                    self._set_aside(schema, record, fault, result)
+            if fault.kind is FaultClass.PARK and self._migrates and schema not in self._migrated:
+                refused = self._try_migrate(schema)
+                if refused is None:
+                    return self._append(schema, batch, result)
+                fault = refused._replace(kind=FaultClass.PARK)
+            if fault.kind is FaultClass.PARK or not batch:  # empty, where `check` asked
+                # The other half of a batch may be waiting already.
+                result.parked.setdefault(schema, (fault, []))[1].extend(batch)
+            elif len(batch) == 1:
+                self._set_aside(schema, batch[0], fault, result)
             else:
                 # One bad record fails its whole statement: halving finds it in a handful of statements.
                 middle = len(batch) // 2
@@ -179,8 +186,8 @@ class AuditTable:
             result.schemas.add(schema)
 
     def _set_aside(self, schema: str, record: AuditRecord, fault: Fault, result: Appended) -> None:
-        row = [record.id, record.action, fault.reason, fault.sqlstate, record_text(record)]
         try:
+            row = [record.id, text(record.action), fault.reason, fault.sqlstate, record_text(record)]
             with self._transaction() as connection:
                 connection.execute(statement("set_aside", schema, self.table), row)
         except Exception as error:
@@ -207,7 +214,13 @@ class AuditTable:
             psycopg.Error: it can, and refuses.
         """
         with self._reported(), self._connections.connection() as connection:
-            return migrate.migrate(connection, schema or self.schema, self.table, create_schema=create_schema)
+            return migrate.migrate(
+                connection,
+                schema or self.schema,
+                self.table,
+                create_schema=create_schema,
+                lock_timeout_seconds=self._timeout_seconds,
+            )
 
     def check(self, schema: str | None = None) -> Fault | None:
         """Say what keeps records of one schema from being written, or None if nothing does.
@@ -217,8 +230,11 @@ class AuditTable:
         Raises:
             DatabaseUnavailableError: the server can't be used now.
         """
+        schema = schema or self.schema
+        if not settings.is_identifier(schema):
+            return _NO_SCHEMA
         result = Appended()
-        self._append(schema or self.schema, [], result)
+        self._append(schema, [], result)
         return next((fault for fault, _ in result.parked.values()), None)
 
     def search(
@@ -249,14 +265,18 @@ class AuditTable:
             ConfigurationError: an argument that can't be used.
             DatabaseUnavailableError: the table can't be read; the reason says what to do.
         """
-        if type(limit) is not int or not 1 <= limit <= 10_000:
-            raise ConfigurationError("limit", f"got {limit!r}; accepted is a whole number from 1 to 10,000")
+        _check_limit(limit)
         for name, instant in (("since", since), ("until", until)):
             if instant is not None and instant.tzinfo is None:
                 raise ConfigurationError(name, "has no time zone; accepted is a datetime with one")
-        filters: dict[str, Any] = {
+        texts = {
             "bank_id": bank_id, "action": action, "transport": transport, "outcome": outcome, "actor_id": actor_id,
-            "trace_id": trace_id.lower() if trace_id else None, "since": since, "until": until,
+            "trace_id": None if trace_id is None else trace_id.lower(),
+        }  # fmt: skip
+        filters: dict[str, Any] = {
+            # Cut and mended as the row's was when it was written.
+            **{name: None if value is None else text(value) for name, value in texts.items()},
+            "since": since, "until": until,
             "after_started_at": after and after.started_at, "after_id": after and after.id,
             "limit": limit + 1,
         }  # fmt: skip
@@ -280,9 +300,15 @@ class AuditTable:
     def set_aside(self, limit: int = 50, schema: str | None = None) -> list[SetAside]:
         """Return the records that the table refused, newest first.
 
+        Args:
+            limit: records at most, 1 to 10,000.
+            schema: tenant's schema; the table's default one otherwise.
+
         Raises:
+            ConfigurationError: an argument that can't be used.
             DatabaseUnavailableError: the side table can't be read; the reason says what to do.
         """
+        _check_limit(limit)
         return [SetAside(*row) for row in self._read("list_set_aside", {"limit": limit}, schema)]
 
     def close(self) -> None:
@@ -320,8 +346,13 @@ class AuditTable:
             raise
 
 
-def _uuid(text: str) -> str:
-    compact = text.strip().lower().replace("-", "")
+def _check_limit(limit: object) -> None:
+    if type(limit) is not int or not 1 <= limit <= 10_000:
+        raise ConfigurationError("limit", f"got {limit!r}; accepted is a whole number from 1 to 10,000")
+
+
+def _uuid(given: str) -> str:
+    compact = given.strip().lower().replace("-", "")
     if len(compact) != 32 or not set(compact) <= set("0123456789abcdef"):
         raise ConfigurationError("id", "not a record's id; accepted is a UUID")
     return compact

@@ -1,0 +1,1 @@
+SELECT to_regclass({migrations_name}) IS NOT NULL
