@@ -23,9 +23,9 @@ from astrocyte_otel_audit.payload_keys import Rule, classify, inherited
 from astrocyte_otel_audit.payload_values import (
     COLLECTION_TYPES,
     INT64,
+    OMITTED,
     STRING_TYPES,
     TOKEN,
-    Omitted,
     as_scalar,
     as_string,
     fields_of,
@@ -43,6 +43,8 @@ TRUNCATED: Final = "[truncated]"
 
 #: What Postgres or UTF-8 can't hold: NUL and lone surrogates.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+# As globals: looking a member up on its enum costs more than all else that is done to a number (CPython 3.11).
+_PLAIN, _ID, _TEXT, _KEEP, _HASH, _REDACT, _DROP = Rule
 
 
 class Normalizer:
@@ -95,7 +97,7 @@ class Normalizer:
         if self._hash and hash_key is None:
             raise ConfigurationError("hash", "needs hash_key, the secret that the hashes are made with")
         for key in self._keep:
-            if classify(key.rpartition(":")[2]) is Rule.REDACT:
+            if classify(key.rpartition(":")[2]) is _REDACT:
                 raise ConfigurationError("keep", f"{key!r} names a secret, and secrets are never stored")
         self._hash_key = hash_key
         self._strict = strict
@@ -123,7 +125,7 @@ class Normalizer:
             return {}
         walk = _Walk(self, action)
         if type(payload) is dict and len(payload) <= self._max_attributes:  # as most are: the short way
-            walk.mapping(list(payload.items()), prefix, Rule.PLAIN, 0)
+            walk.mapping(list(payload.items()), prefix, _PLAIN, 0)
         else:
             walk.top(payload, prefix)
         return walk.out
@@ -147,13 +149,13 @@ class Normalizer:
         names = {key, f"{action}:{key}"}
         natural = classify(key)
         if names & self._drop:
-            return Rule.DROP
-        if natural is Rule.REDACT:
+            return _DROP
+        if natural is _REDACT:
             return natural
         if names & self._keep:
-            return Rule.KEEP
+            return _KEEP
         if names & self._hash:
-            return Rule.HASH
+            return _HASH
         return natural
 
     def _digest(self, text: str) -> str:
@@ -177,14 +179,14 @@ class _Walk:
             if issubclass(kind, STRING_TYPES) and not issubclass(kind, enum.Enum):
                 self._text(as_string(payload), prefix)
             elif issubclass(kind, COLLECTION_TYPES) and not hasattr(kind, "_fields"):
-                values = self._described(payload, prefix, Rule.PLAIN, 0)
+                values = self._described(payload, prefix, _PLAIN, 0)
                 if values is not None:
                     self.out[prefix + "count"] = len(values)
                     self.out[prefix + "values"] = values
             elif (fields := fields_of(payload, kind, self._settings._max_attributes + 1)) is not None:
-                self.mapping(fields, prefix, Rule.PLAIN, 0)
+                self.mapping(fields, prefix, _PLAIN, 0)
             else:
-                self._value(payload, prefix + "value", Rule.PLAIN, 0)
+                self._value(payload, prefix + "value", _PLAIN, 0)
         except Exception:
             self.out[prefix + "value"] = type_name(payload)
 
@@ -198,10 +200,10 @@ class _Walk:
                 self.out[prefix + TRUNCATED] = True
                 break
             key, own = (type(raw_key) is str and known.get(raw_key)) or self._learn(raw_key, position)
-            if own is Rule.DROP:
+            if own is _DROP:
                 continue
             try:
-                self._value(value, prefix + key, own if rule is Rule.PLAIN else inherited(rule, own), depth + 1)
+                self._value(value, prefix + key, own if rule is _PLAIN else inherited(rule, own), depth + 1)
             except Exception:
                 # An object that breaks Python's own protocols spoils its own entry, not its neighbours'.
                 self.out[prefix + key] = type_name(value)
@@ -210,16 +212,16 @@ class _Walk:
 
     def _value(self, value: object, path: str, rule: Rule, depth: int) -> None:
         kind = type(value)
-        if rule is Rule.REDACT:
+        if rule is _REDACT:
             self.out[path] = REDACTED
         elif kind is str:
             self._string(value, path, rule)  # type: ignore[arg-type]
-        elif kind is bool or (kind is int and rule is not Rule.HASH and -INT64 <= value < INT64):  # type: ignore[operator]
+        elif kind is bool or (kind is int and rule is not _HASH and -INT64 <= value < INT64):  # type: ignore[operator]
             self.out[path] = value
         elif issubclass(kind, STRING_TYPES) and not issubclass(kind, enum.Enum):
             self._string(as_string(value), path, rule)
-        elif (scalar := as_scalar(value, kind)) is not Omitted.OMITTED:
-            if rule is Rule.HASH:
+        elif (scalar := as_scalar(value, kind)) is not OMITTED:
+            if rule is _HASH:
                 self.out[path + ".hash"] = self._settings._digest(str(scalar))
             else:
                 self.out[path] = scalar
@@ -238,12 +240,12 @@ class _Walk:
 
     def _string(self, text: str, path: str, rule: Rule) -> None:
         settings = self._settings
-        if rule is Rule.KEEP:
+        if rule is _KEEP:
             kept = _UNSTORABLE.sub("\ufffd", text[: settings._max_text])
             self.out[path] = kept + "…" if len(text) > settings._max_text else kept
-        elif rule is Rule.HASH:
+        elif rule is _HASH:
             self.out[path + ".hash"] = settings._digest(text)
-        elif rule is not Rule.TEXT and self._stays(text, rule):
+        elif rule is not _TEXT and self._stays(text, rule):
             self.out[path] = text
         else:
             self._text(text, path + ".")
@@ -256,14 +258,14 @@ class _Walk:
     def _stays(self, text: str, rule: Rule) -> bool:
         if self._settings._strict or TOKEN.fullmatch(text) is None:
             return False
-        return not looks_like_credential(text, is_id=rule is Rule.ID)
+        return not looks_like_credential(text, is_id=rule is _ID)
 
     def _described(self, items: Any, prefix: str, rule: Rule, depth: int) -> list[Any] | None:
         """Return a small collection of like scalars as a list; describe any other one by attributes."""
         limit = self._settings._max_items
         count = len(items)
         head = list(islice(iterate(items), limit))
-        if 0 < count <= limit and rule is not Rule.TEXT and all(map(is_scalar, head)):
+        if 0 < count <= limit and rule is not _TEXT and all(map(is_scalar, head)):
             like = self._alike([(item, rule) for item in head], depth)
             if like is not None:
                 suffix, values = like
@@ -305,7 +307,7 @@ class _Walk:
             if (found := id_of(item)) is not None:
                 key, id = found
                 rule = (self._known.get(key) or self._learn(key, 0))[1]
-                if rule is not Rule.DROP:
+                if rule is not _DROP:
                     ids.append((id, inherited(outer, rule)))
         return ids
 
@@ -315,13 +317,13 @@ class _Walk:
         try:
             scalar = raw_key if kind is str else as_scalar(raw_key, kind)
         except Exception:  # a key of a class that breaks Python's own protocols
-            scalar = Omitted.OMITTED
+            scalar = OMITTED
         if type(scalar) is not str:
-            return (str(scalar), Rule.PLAIN) if type(scalar) in (int, bool) else (f"#{position}", Rule.PLAIN)
+            return (str(scalar), _PLAIN) if type(scalar) in (int, bool) else (f"#{position}", _PLAIN)
         rule = self._settings._decide(scalar[:128], self._action)
         if not TOKEN.fullmatch(scalar) or looks_like_credential(scalar, is_id=False):
             # Where the keys are data, such as questions, the values are too.
-            return f"#{position}", Rule.TEXT if rule is Rule.PLAIN else rule
+            return f"#{position}", _TEXT if rule is _PLAIN else rule
         if kind is str:
             self._known[scalar] = (escape(scalar), rule)
         return escape(scalar), rule

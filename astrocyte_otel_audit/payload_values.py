@@ -32,6 +32,9 @@ class Omitted(enum.Enum):
     OMITTED = enum.auto()
 
 
+OMITTED: Final = Omitted.OMITTED
+
+
 def as_scalar(value: object, kind: type) -> Any:
     """Return the JSON scalar that a value is, or OMITTED. Overridden methods of subclasses are passed by."""
     if kind is bool or value is None:
@@ -39,7 +42,7 @@ def as_scalar(value: object, kind: type) -> Any:
     for base, convert in _SCALARS:
         if issubclass(kind, base):
             return convert(value)
-    return Omitted.OMITTED
+    return OMITTED
 
 
 def _integer(value: Any) -> int | str:
