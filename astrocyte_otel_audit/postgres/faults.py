@@ -62,10 +62,11 @@ _BY_SQLSTATE: Final[dict[str, tuple[FaultClass, str]]] = {
     "44": (_SET_ASIDE, "a view's check option refuses the record"),
     "53": (_RETRY, "the server is out of disk, memory or connections"),
     "54": (_SET_ASIDE, "the record exceeds a limit of Postgres"),
-    "55": (_RETRY, "the table is locked"),
+    "55": (_RETRY, "the server's object is in use"),
+    "55P03": (_PARK, "the table is locked by somebody else"),
     "55000": (_PARK, "no rows can be added to what has the table's name; is it a view?"),
     "57": (_RETRY, "the server is shutting down or starting up, or ended the session"),
-    "57014": (_RETRY, "the statement was cancelled or took too long; is the table locked, or the server overloaded?"),
+    "57014": (_PARK, "the statement was cancelled or took too long; is the table locked, or the server overloaded?"),
     "58": (_RETRY, "the server has trouble with its own files"),
     "P0": (_SET_ASIDE, "a trigger of the table refuses the record"),
 }

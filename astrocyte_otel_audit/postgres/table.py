@@ -23,6 +23,8 @@ from astrocyte_otel_audit.record import AuditRecord
 
 #: Postgres holds a timeout as 31 bits of milliseconds.
 _LONGEST_SECONDS = 2_000_000.0
+#: A lock that is held for longer is somebody's work on that table; its tenant waits, and the others go on.
+_LONGEST_LOCK_SECONDS = 5.0
 _NO_SCHEMA = Fault(FaultClass.SET_ASIDE, "the name of its tenant's schema can't be a schema's name")
 
 
@@ -114,10 +116,13 @@ class AuditTable:
         self._migrates = migrate
         self._migrated: set[str] = set()
         self._timeout_seconds = min(statement_timeout_seconds, _LONGEST_SECONDS)
-        timeout = sql.Literal(max(1, round(self._timeout_seconds * 1000)))
+        timeout, lock_timeout = (
+            sql.Literal(max(1, round(seconds * 1000)))
+            for seconds in (self._timeout_seconds, min(self._timeout_seconds, _LONGEST_LOCK_SECONDS))
+        )
         self._settings = sql.SQL(
             "SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = {}; SET LOCAL TimeZone = 'UTC'"
-        ).format(timeout, timeout)
+        ).format(timeout, lock_timeout)
 
     def append(self, records: Sequence[AuditRecord]) -> Appended:
         """Write a batch: one transaction, and in it one statement for every schema.

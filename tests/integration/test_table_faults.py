@@ -421,15 +421,20 @@ class TestServerTrouble:
         assert table.search().records == []
         table.close()
 
-    def test_a_lock_is_waited_for_no_longer_than_a_statement_may_take(self, database, connection):
-        table = AuditTable(OwnConnection(database), statement_timeout_seconds=0.05)
+    def test_a_lock_on_one_tenants_table_holds_up_nobody_else(self, database, connection):
+        table = AuditTable(OwnConnection(database), statement_timeout_seconds=0.2)
+        table.migrate("tenant_b", create_schema=True)
+        locked, free = full_record(0), full_record(1, schema="tenant_b")
 
         with connection.transaction():
             connection.execute("LOCK TABLE astrocyte_audit_log IN SHARE MODE")
-            with pytest.raises(DatabaseUnavailableError, match=r"the table(?: is)? locked"):
-                table.append([full_record()])
+            appended = table.append([locked, free])
 
-        assert table.append([full_record()]).stored == 1
+        fault, waiting = appended.parked["public"]
+        assert (fault.kind, waiting) == (FaultClass.PARK, [locked])
+        assert "locked" in fault.reason
+        assert table.search(schema="tenant_b").records[0].id == free.id
+        assert table.append([locked]).stored == 1
         table.close()
 
     def test_a_time_for_statements_beyond_what_postgres_can_count_is_for_ever(self, database):

@@ -34,8 +34,6 @@ RETRY = {
     "53200": "out of memory",
     "53300": "too many connections",
     "55006": "object in use",
-    "55P03": "lock not available",
-    "57014": "statement cancelled",
     "57P01": "administrator's shutdown",
     "57P02": "crash of a server process",
     "57P03": "starting up",
@@ -51,6 +49,8 @@ PARK = {
     "42809": "no table",
     "42P01": "no such table",
     "55000": "a view that can't be written to",
+    "55P03": "lock not available",
+    "57014": "statement cancelled",
     "XX001": "corrupted data",
     "ZZ123": "a code that no manual lists",
 }
