@@ -10,19 +10,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
 from opentelemetry import trace
-from opentelemetry.trace import TracerProvider
+from opentelemetry.trace import Tracer, TracerProvider
 
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.allowlist import Allowlist
 from astrocyte_otel_audit.configure import attached_to, configure_audit, dsn_of_pool
-from astrocyte_otel_audit.emit import AuditOperation, audit_scope
+from astrocyte_otel_audit.emit import AuditOperation, audit_scope, tracer_of
 from astrocyte_otel_audit.errors import AuditError
 from astrocyte_otel_audit.record import Outcome, ns_from_datetime
 
@@ -87,6 +87,8 @@ class AuditLogger:
         self._retention_days = retention_days
         self._table = settings.SETTINGS["table"].accept(table, "table")
         self._tracer_provider = tracer_provider
+        #: The provider's tracer, once the pipeline is there: asking for it costs more than a span.
+        self._tracer: TracerProvider | Tracer | None = tracer_provider
         self._set_up = False
 
     def is_enabled(self, action: str) -> bool:
@@ -134,13 +136,13 @@ class AuditLogger:
             # An entry made by upstream's class has no such fields.
             actor_id=getattr(entry, "actor_id", None),
             actor_type=getattr(entry, "actor_type", None),
-            tracer_provider=self._tracer_provider,
+            tracer_provider=self._tracer,
             start_ns=start_ns,
         )
 
-    def _scope(self) -> audit_scope:
+    def _scope(self) -> AbstractContextManager[Any]:
         self._ensure_pipeline()
-        return audit_scope(schema=self._schema())
+        return nullcontext() if self._schema_getter is None else audit_scope(schema=self._schema())
 
     def _schema(self) -> str | None:
         try:
@@ -159,7 +161,7 @@ class AuditLogger:
             if self._set_up:
                 return
             if attached_to(provider):
-                self._set_up = True
+                self._go()
                 return
             try:
                 pool = self._pool_getter()
@@ -178,7 +180,11 @@ class AuditLogger:
             except Exception as fault:
                 reason = fault if isinstance(fault, AuditError) else type(fault).__qualname__
                 _logger.error("No audit entry will be written: %s", reason)
-            self._set_up = True  # not before: another thread that sees it goes on without the lock
+            self._go()
+
+    def _go(self) -> None:
+        self._tracer = tracer_of(self._tracer_provider)
+        self._set_up = True  # last: another thread that sees it goes on without the lock
 
 
 class _Timed:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Mapping
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
-from opentelemetry.trace import TracerProvider
+from opentelemetry.trace import Tracer, TracerProvider
 
 from astrocyte_otel_audit.emit.operation import AuditOperation, tracer_of
 from astrocyte_otel_audit.errors import ConfigurationError
@@ -79,10 +79,14 @@ def audited(
                 "function", "accepted is a function or a method; decorate a class's methods one by one"
             )
         bind = _binder(function)
-        # Asked for once: a provider's get_tracer costs more than the span.
-        tracer = tracer_of(tracer_provider)
+        tracer: Tracer | None = None
 
         def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AuditOperation:
+            nonlocal tracer
+            if tracer is None:
+                # Asked for once, as get_tracer costs more than a span; and not before the first call, since a tracer
+                # may keep the sampler that its provider had when it was made.
+                tracer = tracer_of(tracer_provider)
             arguments = bind(args, kwargs)
             bank = _bank(bank_id, arguments)
             if bank_id is None and request is True:

@@ -275,14 +275,14 @@ class AuditOperation:
             self.actor_type = scope.actor_type
 
     def _identify(self, known: dict[str, Any]) -> None:
-        if self.bank_id is not None:
-            known[attributes.BANK_ID] = as_text(self.bank_id)
-        if self.transport is not None:
-            known[attributes.TRANSPORT] = as_text(self.transport)
-        if self.actor_id is not None:
-            known[attributes.ACTOR_ID] = as_text(self.actor_id)
-        if self.actor_type is not None:
-            known[attributes.ACTOR_TYPE] = as_text(self.actor_type)
+        for key, value in (
+            (attributes.BANK_ID, self.bank_id),
+            (attributes.TRANSPORT, self.transport),
+            (attributes.ACTOR_ID, self.actor_id),
+            (attributes.ACTOR_TYPE, self.actor_type),
+        ):
+            if value is not None:
+                known[key] = value if type(value) is str else as_text(value)
         if self._required:
             known[attributes.REQUIRED] = True
 
