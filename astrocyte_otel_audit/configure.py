@@ -11,7 +11,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider as SDKTracerProvider
 from opentelemetry.trace import ProxyTracerProvider, TracerProvider
 
-from astrocyte_otel_audit import attributes, emit
+from astrocyte_otel_audit import attributes, emit, settings
 from astrocyte_otel_audit._version import __version__
 from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.normalize import Normalizer
@@ -80,14 +80,16 @@ def configure_audit(
     )  # fmt: skip
     if normalizer is not None and not isinstance(normalizer, Normalizer):
         raise ConfigurationError("normalizer", f"got a {type(normalizer).__name__}; accepted is a Normalizer")
+    sizes: dict[str, Any] = {
+        "max_queue_size": max_queue_size,
+        "schedule_delay_millis": schedule_delay_millis,
+        "max_export_batch_size": max_export_batch_size,
+        "export_timeout_millis": export_timeout_millis,
+    }
+    # Before a provider is made and set, which can't be taken back.
+    sizes = {name: settings.resolve(name, size) for name, size in sizes.items()}
     provider = _provider(tracer_provider, create=create_provider)
-    processor = AuditSpanProcessor(
-        exporter,
-        max_queue_size=max_queue_size,
-        schedule_delay_millis=schedule_delay_millis,
-        max_export_batch_size=max_export_batch_size,
-        export_timeout_millis=export_timeout_millis,
-    )
+    processor = AuditSpanProcessor(exporter, **sizes)
     if normalizer is not None:
         emit.set_default_normalizer(normalizer)
     _wrap_sampler(provider, exporter)

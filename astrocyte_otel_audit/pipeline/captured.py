@@ -14,6 +14,7 @@ from opentelemetry.trace import StatusCode
 
 from astrocyte_otel_audit import attributes
 from astrocyte_otel_audit.record import (
+    NO_SCOPE,
     OUTCOMES,
     UNKNOWN_TRANSPORT,
     AuditRecord,
@@ -69,31 +70,31 @@ def to_record(captured: Captured) -> AuditRecord:
         metadata["dropped_attributes"] = captured.dropped  # the payload may be incomplete
     outcome = _outcome(captured)
     error_type = given.get(attributes.ERROR_TYPE, captured.exception_type) if outcome == "failure" else None
-    parent = captured.parent_span_id
+    parent, scope = captured.parent_span_id, captured.scope or NO_SCOPE
+    # By position: twenty keywords would cost as much as all the rest.
     record = AuditRecord(
-        id=captured.id or record_id(captured.trace_id, captured.span_id, captured.start_ns),
-        action=captured.action or "unknown",
-        transport=_text(given.get(attributes.TRANSPORT)) or captured.transport or UNKNOWN_TRANSPORT,
-        bank_id=_text(captured.bank_id),
-        started_at=datetime_from_ns(captured.start_ns),
-        ended_at=None if captured.end_ns is None else datetime_from_ns(captured.end_ns),
-        request=request or None,
-        response=response or None,
-        metadata=metadata,
-        outcome=outcome,
-        error_type=_text(error_type),
-        actor_id=_text(given.get(attributes.ACTOR_ID)),
-        actor_type=_text(given.get(attributes.ACTOR_TYPE)),
-        trace_id=f"{captured.trace_id:032x}",
-        span_id=f"{captured.span_id:016x}",
-        parent_span_id=None if parent is None else f"{parent:016x}",
+        captured.id or record_id(captured.trace_id, captured.span_id, captured.start_ns),
+        captured.action or "unknown",
+        _text(given.get(attributes.TRANSPORT)) or scope.transport or captured.transport or UNKNOWN_TRANSPORT,
+        scope.bank_id if captured.bank_id is None else _text(captured.bank_id),
+        datetime_from_ns(captured.start_ns),
+        None if captured.end_ns is None else datetime_from_ns(captured.end_ns),
+        request or None,
+        response or None,
+        metadata,
+        outcome,
+        _text(error_type),
+        _text(given.get(attributes.ACTOR_ID, scope.actor_id)),
+        _text(given.get(attributes.ACTOR_TYPE, scope.actor_type)),
+        f"{captured.trace_id:032x}",
+        f"{captured.span_id:016x}",
+        None if parent is None else f"{parent:016x}",
         # Flags may carry the random bit too, so the bit is tested and not the number.
-        sampled=captured.trace_flags & 1 == 1,
-        service_name=captured.service_name,
-        schema=captured.schema,
+        captured.trace_flags & 1 == 1,
+        captured.service_name,
+        None,
+        captured.schema,
     )
-    if captured.scope is not None:
-        record = _with_scope(record, captured.scope)
     return record if captured.inner is None else filled(record, captured.inner)
 
 
@@ -108,15 +109,6 @@ def filled(outer: AuditRecord, inner: AuditRecord) -> AuditRecord:
         error_type=outer.error_type or (inner.error_type if outer.outcome == "failure" else None),
         actor_id=outer.actor_id if outer.actor_id is not None else inner.actor_id,
         actor_type=outer.actor_type if outer.actor_type is not None else inner.actor_type,
-    )
-
-
-def _with_scope(record: AuditRecord, scope: ScopeDefaults) -> AuditRecord:
-    return record._replace(
-        transport=scope.transport if record.transport == UNKNOWN_TRANSPORT and scope.transport else record.transport,
-        bank_id=record.bank_id if record.bank_id is not None else scope.bank_id,
-        actor_id=record.actor_id if record.actor_id is not None else scope.actor_id,
-        actor_type=record.actor_type if record.actor_type is not None else scope.actor_type,
     )
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -13,16 +16,22 @@ from opentelemetry import context as otel_context
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.trace import NonRecordingSpan, SpanContext, set_span_in_context
 
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import ConfigurationError, DatabaseUnavailableError
 from astrocyte_otel_audit.pipeline.captured import to_record
 from astrocyte_otel_audit.pipeline.mapping import SpanMapping, resolve_mappings
 from astrocyte_otel_audit.pipeline.selection import Selection
+from astrocyte_otel_audit.pipeline.troubles import Troubles
 from astrocyte_otel_audit.postgres import Appended, AuditTable, Fault, OwnConnection, PooledConnections
 from astrocyte_otel_audit.record import AuditRecord
 
 _logger = logging.getLogger(__name__)
+
+#: Parent of the spans that an instrumentation makes which doesn't read the key (psycopg's, as of 0.51b0): a
+#: parent-based sampler drops them, and the id is the last that any ratio would take.
+_UNSAMPLED = NonRecordingSpan(SpanContext((1 << 128) - 1, (1 << 64) - 1, is_remote=False))
 
 
 class Storage(Protocol):
@@ -80,7 +89,11 @@ class AuditSpanExporter(SpanExporter):
         )
         place = settings.resolve("schema", schema)
         self._schema_getter: Callable[[], Any] | None = place if callable(place) else None
+        #: Where every record goes; None where a function decides.
+        self.default_schema: str | None = None if callable(place) else place
         table = settings.resolve("table", table)
+        migrates = settings.resolve("migrate", migrate)
+        timeout_millis = settings.resolve("export_timeout_millis", export_timeout_millis)
         if sum(given is not None for given in (dsn, pool, storage)) > 1:
             raise ConfigurationError("dsn", "accepted is one of dsn, pool and storage")
         if storage is None:
@@ -88,11 +101,16 @@ class AuditSpanExporter(SpanExporter):
                 PooledConnections(pool) if pool is not None else _own_connection(dsn),
                 schema=settings.DEFAULT_SCHEMA if callable(place) else place,
                 table=table,
-                migrate=settings.resolve("migrate", migrate),
-                statement_timeout_seconds=settings.resolve("export_timeout_millis", export_timeout_millis) / 1000,
+                migrate=migrates,
+                statement_timeout_seconds=timeout_millis / 1000,
             )
         self.storage = storage
         self._warned_of_stock_processor = False
+        self._troubles = Troubles(_logger, time.monotonic)
+        if hasattr(os, "register_at_fork"):
+            # Weakly, as the SDK does: the registration can't be taken back and must not keep the exporter alive.
+            reference = weakref.WeakMethod(self._after_fork)
+            os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
 
     def current_schema(self) -> str | None:
         """Return the tenant's schema as the calling thread sees it; None for the table's default."""
@@ -101,8 +119,9 @@ class AuditSpanExporter(SpanExporter):
         try:
             found = self._schema_getter()
         except Exception as fault:
-            _logger.warning(
-                "The schema function failed (%s); the record goes to the default schema.", type(fault).__qualname__
+            self._troubles.report(
+                "schema",
+                f"the schema function failed ({type(fault).__qualname__}): its records go to the default schema",
             )
             return None
         return found if isinstance(found, str) and found else None
@@ -134,7 +153,15 @@ class AuditSpanExporter(SpanExporter):
                 "Audit rows written through a stock span processor are best-effort: unsampled spans, a full queue and "
                 "an absent database lose them. Use configure_audit() or AuditSpanProcessor, which lose none of these."
             )
-        records = [record for span in spans if (record := self.record(span)) is not None]
+        records: list[AuditRecord] = []
+        for span in spans:
+            try:
+                record = self.record(span)
+            except Exception as fault:  # a span of somebody else's making must not take its batch with it
+                self._troubles.report("span", f"a span could not become a record ({type(fault).__qualname__})")
+                continue
+            if record is not None:
+                records.append(record)
         if not records:
             return SpanExportResult.SUCCESS
         try:
@@ -155,6 +182,10 @@ class AuditSpanExporter(SpanExporter):
         """Close the connection that it opened itself."""
         self.storage.close()
 
+    def _after_fork(self) -> None:
+        self._troubles = Troubles(_logger, time.monotonic)
+        self.storage.after_fork()
+
 
 def _own_connection(dsn: str | None) -> OwnConnection:
     dsn = settings.resolve("dsn", dsn)
@@ -168,7 +199,8 @@ def _own_connection(dsn: str | None) -> OwnConnection:
 @contextmanager
 def _suppressed_instrumentation() -> Iterator[None]:
     """Keep the plugin's own SQL out of the traces: an instrumented psycopg would audit the audit, without end."""
-    token = otel_context.attach(otel_context.set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))
+    context = otel_context.set_value(_SUPPRESS_INSTRUMENTATION_KEY, True, set_span_in_context(_UNSAMPLED))
+    token = otel_context.attach(context)
     try:
         yield
     finally:

@@ -50,11 +50,17 @@ class SpanMapping:
     def __post_init__(self) -> None:
         if not isinstance(self.span_name, str) or not self.span_name:
             raise ConfigurationError("span_name", "accepted is a span's name, with * and {action} as wildcards")
-        if (_ACTION in self.span_name) == (self.action is not None):
+        if self.span_name.count(_ACTION) > 1:
+            raise ConfigurationError("span_name", "holds {action} more than once")
+        if (_ACTION in self.span_name) == (self.action is not None) or self.action == "":
             raise ConfigurationError(
                 "action", "accepted is either {action} in span_name, or an action here, and not both"
             )
-        if isinstance(self.bank_id, str) or not all(isinstance(key, str) for key in self.bank_id):
+        if not (self.scope is None or isinstance(self.scope, str)):
+            raise ConfigurationError("scope", "accepted is the name of an instrumentation scope, such as 'astrocyte'")
+        if not (self.kind is None or isinstance(self.kind, SpanKind)):
+            raise ConfigurationError("kind", "accepted is an opentelemetry.trace.SpanKind")
+        if not isinstance(self.bank_id, (list, tuple)) or not all(isinstance(key, str) for key in self.bank_id):
             raise ConfigurationError("bank_id", "accepted is a list of attribute keys, such as ['astrocyte.bank_id']")
         if self.unset_outcome not in OUTCOMES:
             raise ConfigurationError("unset_outcome", f"accepted is one of {', '.join(sorted(OUTCOMES))}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -46,7 +47,9 @@ class OpenOperations:
     def __init__(self) -> None:
         self._open: dict[_Key, _Open] = {}
         self._inner: dict[_Key, AuditRecord] = {}
-        self._lock = threading.Lock()
+        #: Taken in by an operation that was then forgotten.
+        self._orphans: deque[AuditRecord] = deque()
+        self._lock = threading.RLock()  # reentrant: see Writer
 
     def __len__(self) -> int:
         return len(self._open)
@@ -79,18 +82,32 @@ class OpenOperations:
             captured = capture(span)
         else:
             captured = capture(span, started.id, None if started.scope is NO_SCOPE else started.scope, started.schema)
+        orphans = self.orphans() if self._orphans else ()
         if captured is None:
-            return () if inner is None else (inner,)
+            return orphans if inner is None else (*orphans, inner)
         if inner is not None and _same(_bank(captured), inner.bank_id):
             captured, inner = captured._replace(inner=inner), None
         parent = span.parent
         if parent is not None and not parent.is_remote and self._fold(_key(parent), captured):
-            return () if inner is None else (inner,)
-        return (captured,) if inner is None else (inner, captured)
+            return orphans if inner is None else (*orphans, inner)
+        return (*orphans, captured) if inner is None else (*orphans, inner, captured)
+
+    def orphans(self) -> tuple[AuditRecord, ...]:
+        """Hand over what was taken in by operations that will never end: rows of their own after all."""
+        return tuple(self._orphans.popleft() for _ in range(len(self._orphans)))
+
+    def abandon(self) -> tuple[AuditRecord, ...]:
+        """Hand over all that was taken in by operations that have not ended yet."""
+        with self._lock:
+            inner = tuple(self._inner.values())
+            self._inner.clear()
+        return (*self.orphans(), *inner)
 
     def after_fork(self) -> None:
-        """Make the lock usable in a child: another thread may have held it at the fork."""
-        self._lock = threading.Lock()
+        """Make it usable in a child: another thread may have held the lock, and what was taken in is the parent's."""
+        self._lock = threading.RLock()
+        self._inner.clear()
+        self._orphans.clear()
 
     def _fold(self, parent: _Key, captured: Captured) -> bool:
         """Let the enclosing operation take this one in, if there is one of the same action, tenant and bank."""
@@ -110,7 +127,8 @@ class OpenOperations:
     def _forget(self, reference: weakref.ref[Span]) -> None:
         if isinstance(reference, _Reference):
             self._open.pop(reference.key, None)
-            self._inner.pop(reference.key, None)
+            if (inner := self._inner.pop(reference.key, None)) is not None:
+                self._orphans.append(inner)
 
 
 def _bank(captured: Captured) -> object:

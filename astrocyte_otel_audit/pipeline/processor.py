@@ -105,6 +105,8 @@ class AuditSpanProcessor(SpanProcessor):
         Args:
             timeout_millis: how long to wait at most, in milliseconds.
         """
+        for operation in self._operations.orphans():
+            self._writer.submit(operation)
         return self._writer.flush(timeout_millis / 1000)
 
     def shutdown(self) -> None:
@@ -112,14 +114,15 @@ class AuditSpanProcessor(SpanProcessor):
 
         What can't be written by then is lost and counted. Harmless when repeated.
         """
+        for operation in self._operations.abandon():
+            self._writer.submit(operation)
         self._writer.stop(self._drain_seconds)
-        self._exporter.shutdown()
 
     def stats(self) -> dict[str, int]:
         """Return counts since the start of this process; see `Writer.stats`. `open` is operations under way."""
         return {**self._writer.stats(), "open": len(self._operations)}
 
     def _after_fork(self) -> None:
+        self._troubles = Troubles(_logger, time.monotonic)
         self._operations.after_fork()
-        self._exporter.storage.after_fork()
         self._writer.after_fork()

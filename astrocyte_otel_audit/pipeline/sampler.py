@@ -10,6 +10,7 @@ from opentelemetry.trace import Link, SpanKind, TraceState
 from opentelemetry.util.types import Attributes
 
 from astrocyte_otel_audit import settings
+from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.pipeline.mapping import SpanMapping, resolve_mappings
 from astrocyte_otel_audit.pipeline.selection import Selection
 
@@ -25,6 +26,9 @@ class AuditSampler(Sampler):
         delegate: the sampler that decides about traces; by default the SDK's, parent-based always-on.
         actions: the allowlist, as in `configure_audit`.
         mappings: mappings or preset names, as in `configure_audit`.
+
+    Raises:
+        ConfigurationError: an argument that can't be used.
     """
 
     def __init__(
@@ -34,6 +38,8 @@ class AuditSampler(Sampler):
         actions: Iterable[str] = (),
         mappings: Iterable[SpanMapping | str] = (),
     ) -> None:
+        if delegate is not None and not hasattr(delegate, "should_sample"):
+            raise ConfigurationError("delegate", f"got a {type(delegate).__name__}; accepted is a Sampler")
         self.delegate: Sampler = delegate if delegate is not None else DEFAULT_ON
         self._selection = Selection(settings.actions(actions, "actions"), resolve_mappings(mappings))
 

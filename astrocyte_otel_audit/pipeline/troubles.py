@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 #: A trouble that lasts is said again after this many seconds, so that it isn't only at the far end of a log.
 _REMIND_SECONDS = 300.0
@@ -21,7 +22,7 @@ class Troubles:
     def __init__(self, logger: logging.Logger, clock: Callable[[], float]) -> None:
         self._logger = logger
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: see Writer
         self._open: dict[str, tuple[str, float]] = {}
 
     def report(self, topic: str, message: str) -> None:
@@ -32,11 +33,15 @@ class Troubles:
             if said == message and now - at < _REMIND_SECONDS:
                 return
             self._open[topic] = (message, now)
-        self._logger.warning("%s.", message)
+        self._say(message)
 
     def clear(self, topic: str, message: str) -> None:
         """Say that a trouble is over, if there was one."""
         if topic in self._open:
             with self._lock:
                 self._open.pop(topic, None)
+            self._say(message)
+
+    def _say(self, message: str) -> None:
+        with suppress(Exception):  # a log's handler that raises must not reach the application, or end the writer
             self._logger.warning("%s.", message)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.pipeline.backlog import Backlog, MemoryBacklog, Operation
@@ -54,10 +55,13 @@ class Writer:
         self._backoff = backoff
         self._parking_backoff = parking
         self._clock = clock
+        #: When draining ends, once `stop` was called. A fork of a process that is shut down is shut down too.
+        self._deadline: float | None = None
         self._begin()
 
     def _begin(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        # Reentrant, as garbage collection may end an abandoned generator's operation on a thread that is in here.
+        self._changed = threading.Condition(threading.RLock())
         self._backlog = self._new_backlog()
         self._parking = Parking(self._parking_backoff)
         self._thread: threading.Thread | None = None
@@ -67,9 +71,13 @@ class Writer:
         self._oldest_since = 0.0
         #: Calls of `flush` so far, and those that wait now.
         self._flush = self._flushing = 0
-        #: When draining ends, once `stop` was called.
-        self._deadline: float | None = None
         self._counts: Counter[str] = Counter()
+        #: Records set aside or lost that a `flush` has answered for.
+        self._failures_told = 0
+        #: Set when records of parked tenants found no place and the log doesn't say so yet.
+        self._overflowed = False
+        #: Set when nothing is written any more.
+        self._ended = False
         self._troubles = Troubles(_logger, self._clock)
 
     def start(self) -> None:
@@ -80,27 +88,10 @@ class Writer:
     def submit(self, operation: Operation) -> bool:
         """Accept an operation, or refuse and count it. Never raises, never waits for Postgres."""
         with self._changed:
-            if self._deadline is not None:
-                self._counts["refused_shutdown"] += 1
-                self._troubles.report("refused", "new audit records are refused: the pipeline is shut down")
-                return False
-            if self._accepted - self._settled >= self._capacity:
-                self._counts["refused_full"] += 1
-                self._troubles.report(
-                    "refused", f"new audit records are refused and lost: {self._capacity} wait (max_queue_size)"
-                )
-                return False
-            self._backlog.append(operation)
-            self._accepted += 1
-            waiting = len(self._backlog)
-            if waiting == 1:
-                self._oldest_since = self._clock()
-                self._changed.notify_all()
-            elif waiting == self._batch_size:
-                self._changed.notify_all()
-            if self._thread is None:
-                self._start_thread()
-            return True
+            refusal = self._accept(operation)
+        if refusal is not None:  # said without the lock, since a log's handlers have locks of their own
+            self._troubles.report("refused", refusal)
+        return refusal is None
 
     def has_room(self) -> bool:
         """Say whether a record submitted now would be accepted."""
@@ -111,10 +102,11 @@ class Writer:
 
         Returns:
             True only if every record accepted before the call is in the table. False at the timeout, and as soon
-            as it is clear that one can't get there: its tenant's table is missing, or it was set aside or lost.
+            as it is clear that one can't get there: its tenant's table is missing, or one was set aside or lost
+            since the flush before.
         """
         with self._changed:
-            goal, failed = self._accepted, self._failed()
+            goal, told = self._accepted, self._failures_told
             self._flush += 1
             flush = self._flush
             self._flushing += 1
@@ -122,10 +114,14 @@ class Writer:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._is_decided(goal, flush), timeout_seconds)
             self._flushing -= 1
-            return self._oldest_unsettled() >= goal and self._failed() == failed
+            self._failures_told = self._counts["set_aside"] + self._counts["lost"]
+            return self._oldest_unsettled() >= goal and self._failures_told == told
 
     def stop(self, timeout_seconds: float) -> int:
-        """Refuse new records, write what waits until the deadline, and end the thread. Harmless when repeated.
+        """Refuse new records, write what waits until the deadline, end the thread and close the exporter.
+
+        Harmless when repeated. Returns by the deadline, even where a server that doesn't answer holds the thread:
+        that closes its connection when it is let go.
 
         Returns:
             How many accepted records were not written by then. They are lost, and said to be.
@@ -141,6 +137,8 @@ class Writer:
             thread.join(timeout_seconds)
         elif first and self._accepted > self._settled:
             self._run()  # late in interpreter shutdown no thread can be started any more
+        elif first:
+            self._close()
         left = self._accepted - self._settled
         if first and left:
             _logger.error("%d audit records could not be written before the shutdown's deadline and are lost.", left)
@@ -168,46 +166,86 @@ class Writer:
 
     # What follows runs on the writer's thread, or is called with the lock held.
 
+    def _accept(self, operation: Operation) -> str | None:
+        """Put an operation into the backlog, or count it and say why it is refused."""
+        if self._deadline is not None:
+            self._counts["refused_shutdown"] += 1
+            return "new audit records are refused: the pipeline is shut down"
+        if self._accepted - self._settled >= self._capacity:
+            self._counts["refused_full"] += 1
+            return f"new audit records are refused and lost: {self._capacity} wait (max_queue_size)"
+        self._backlog.append(operation)
+        self._accepted += 1
+        waiting = len(self._backlog)
+        if waiting == 1:
+            self._oldest_since = self._clock()
+            self._changed.notify_all()
+        elif waiting == self._batch_size:
+            self._changed.notify_all()
+        if self._thread is None:
+            self._start_thread()
+        return None
+
     def _start_thread(self) -> None:
         if self._thread is not None:
             return
-        thread = threading.Thread(target=self._run, name="astrocyte-audit-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="astrocyte-audit-writer", daemon=True)
         try:
-            thread.start()
+            self._thread.start()
         except RuntimeError:  # the interpreter is shutting down: `stop` will write on its caller's thread
-            return
-        self._thread = thread
+            self._thread = None
 
     def _run(self) -> None:
         self._look_at_table()
-        while batch := self._next_batch():
-            self._deliver(batch)
+        while (batch := self._next_batch()) is not None:
+            if self._overflowed:
+                self._overflowed = False
+                self._troubles.report(
+                    "parked",
+                    "new audit records of tenants that can't be written are lost: "
+                    f"{self._capacity // 2} wait (half of max_queue_size)",
+                )
+            if batch:
+                self._deliver(batch)
+        self._close()
+
+    def _close(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        try:
+            self._exporter.shutdown()
+        except Exception as error:  # it is over all the same
+            self._troubles.report("close", f"the audit table could not be closed ({type(error).__qualname__})")
 
     def _look_at_table(self) -> None:
         try:
             fault = self._exporter.check()
         except DatabaseUnavailableError as unavailable:
-            self._troubles.report("database", f"no audit record can be written for now: {unavailable}")
+            self._troubles.report("database", _waits_for_postgres(str(unavailable)))
         except BaseException as error:  # whatever it is, the first batch will meet it again
             self._troubles.report("database", f"the audit table can't be looked at ({type(error).__qualname__})")
         else:
-            if fault is not None:
-                self._troubles.report("table", f"no audit record can be written for now: {fault}")
+            schema = self._exporter.default_schema
+            if fault is not None and schema is not None:
+                self._troubles.report(schema, _waits_for_table(schema, fault))
 
-    def _next_batch(self) -> list[Numbered]:
-        """Wait for records to write. None at all means that the thread shall end."""
+    def _next_batch(self) -> list[Numbered] | None:
+        """Wait for records to write. None means that the thread shall end."""
         with self._changed:
             while True:
                 now = self._clock()
+                if self._deadline is not None and now >= self._deadline:
+                    return None
                 batch = self._parking.due(now, self._batch_size)
                 if not batch and len(self._backlog) and now >= self._batch_is_due():
                     batch = self._take(now)
-                if batch:
+                if batch or self._overflowed:
                     self._in_flight = batch
                     return batch
                 if not len(self._backlog):
                     if self._deadline is not None:
-                        return []
+                        return None
                     due = self._parking.next_attempt()
                 else:
                     due = min(self._batch_is_due(), self._parking.next_attempt())
@@ -223,57 +261,61 @@ class Writer:
         self._taken += len(taken)
         self._oldest_since = now
         batch, overflow = self._parking.divert(taken, self._capacity // 2)
-        if overflow:
-            self._counts["lost"] += len(overflow)
-            self._settle(overflow)
-            self._troubles.report(
-                "parked", f"audit records of tenants that can't be written are lost: {len(self._parking)} of them wait"
-            )
-        self._changed.notify_all()
+        self._overflowed |= bool(overflow)
+        self._counts["lost"] += len(overflow)
+        self._settle(overflow)
         return batch
 
     def _deliver(self, batch: list[Numbered]) -> None:
         """Write a batch, however long it takes. Past the deadline it stays what it is, in flight."""
         records = [self._to_record(item.operation) for item in batch]
-        attempt = 0
+        attempt, draining = 0, False
         while True:
+            flush = self._flush  # this attempt answers to the flushes that were called before it
+            if self._deadline is not None and not draining:
+                attempt, draining = 0, True  # however long Postgres was away: what can be written shall be, until then
             try:
                 appended = self._exporter.write([record for record in records if record is not None])
+                refused = {id(record) for _, parked in appended.parked.values() for record in parked}
                 break
             except DatabaseUnavailableError as unavailable:
                 trouble = str(unavailable)
             except BaseException as error:  # a thread that ends here would let the backlog grow in silence
                 trouble = f"an unexpected {type(error).__qualname__}"
-            self._troubles.report("database", f"audit records wait for Postgres: {trouble}")
+            self._troubles.report("database", _waits_for_postgres(trouble))
             attempt += 1
-            if not self._pause(self._backoff.delay(attempt)):
+            if not self._pause(self._backoff.delay(attempt), flush, draining):
                 return
+        # Said first, so that whoever waits in `flush` finds the reason in the log.
         self._troubles.clear("database", "audit records are being written again")
-        refused = {id(record) for _, parked in appended.parked.values() for record in parked}
+        for name in appended.schemas:
+            self._troubles.clear(name, f"audit records of schema {name!r} are being written again")
+        for name, (fault, _) in appended.parked.items():
+            self._troubles.report(name, _waits_for_table(name, fault))
+        with suppress(Exception):  # as in Troubles: a log's handler must not end this thread
+            for bad, fault in appended.set_aside:
+                _logger.error("Audit record %s (%r) was set aside: %s.", bad.id, bad.action, fault)
+            for bad, fault in appended.homeless:
+                _logger.error("Audit record %s (%r) is lost, as it can't be set aside: %s.", bad.id, bad.action, fault)
+        settled: list[Numbered] = []
+        again: dict[str | None, list[Numbered]] = {}
+        for item, record in zip(batch, records, strict=True):
+            if id(record) in refused:
+                again.setdefault(item.operation.schema, []).append(item)
+            else:
+                settled.append(item)
         with self._changed:
             self._counts["stored"] += appended.stored
             self._counts["set_aside"] += len(appended.set_aside)
             self._counts["lost"] += len(appended.homeless) + records.count(None)
-            parked = (
-                [item for item, record in zip(batch, records, strict=True) if id(record) in refused] if refused else []
-            )
-            for schema in {item.operation.schema for item in batch}:
-                if again := [item for item in parked if item.operation.schema == schema]:
-                    self._parking.park(again, self._clock(), self._flush)
-                else:
-                    self._parking.release(schema)
-            self._settle([item for item in batch if item not in parked] if parked else batch)
+            for schema in {item.operation.schema for item in settled} - again.keys():
+                self._parking.release(schema)
+            for waiting in again.values():
+                self._parking.park(waiting, self._clock(), flush)
+            if self._flush != flush:
+                self._parking.expedite()  # somebody has begun to wait since, perhaps because it is mended
+            self._settle(settled)
             self._in_flight = []
-        for name in appended.schemas:
-            self._troubles.clear(name, f"audit records of schema {name!r} are being written again")
-        for name, (fault, _) in appended.parked.items():
-            self._troubles.report(name, f"audit records of schema {name!r} wait: {fault}")
-        for record, fault in appended.set_aside:
-            _logger.error("Audit record %s (%r) was set aside: %s.", record.id, record.action, fault)
-        for record, fault in appended.homeless:
-            _logger.error(
-                "Audit record %s (%r) could not even be set aside, and is lost: %s.", record.id, record.action, fault
-            )
 
     def _to_record(self, operation: Operation) -> AuditRecord | None:
         try:
@@ -287,11 +329,13 @@ class Writer:
         self._settled += len(items)
         self._changed.notify_all()
 
-    def _pause(self, seconds: float) -> bool:
-        """Wait before the next attempt, unless a flush or the stop wants it now. False: the deadline has passed."""
+    def _pause(self, seconds: float, flush: int, draining: bool) -> bool:
+        """Wait before the next attempt, unless a flush or the stop has come since the last one and wants it now.
+
+        Returns:
+            False where the deadline has passed.
+        """
         with self._changed:
-            flush = self._flush
-            draining = self._deadline is not None
             until = self._clock() + seconds
             if self._deadline is not None:
                 until = min(until, self._deadline)
@@ -301,15 +345,20 @@ class Writer:
             )
             return self._deadline is None or self._clock() < self._deadline
 
-    def _failed(self) -> int:
-        return self._counts["set_aside"] + self._counts["lost"]
-
     def _oldest_unsettled(self) -> int:
         candidates = [self._taken, self._parking.oldest(), self._in_flight[0].number if self._in_flight else None]
         return min(candidate for candidate in candidates if candidate is not None)
 
     def _is_decided(self, goal: int, flush: int) -> bool:
-        if self._oldest_unsettled() >= goal:
+        if self._ended or self._oldest_unsettled() >= goal:
             return True
         under_way = self._taken < goal or (self._in_flight and self._in_flight[0].number < goal)
         return not under_way and self._parking.all_failed_for(flush, goal)
+
+
+def _waits_for_postgres(reason: str) -> str:
+    return f"audit records wait for Postgres: {reason}"
+
+
+def _waits_for_table(schema: str, fault: object) -> str:
+    return f"audit records of schema {schema!r} wait: {fault}"

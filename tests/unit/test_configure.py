@@ -1,0 +1,379 @@
+"""`configure_audit`: builds the pipeline, attaches it, and says what would leave the log empty."""
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import SpanLimits, TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
+from psycopg_pool import AsyncConnectionPool
+
+from astrocyte_otel_audit import (
+    AuditSampler,
+    AuditSpanProcessor,
+    ConfigurationError,
+    Normalizer,
+    SpanMapping,
+    audit_operation,
+    audited,
+    configure_audit,
+    emit,
+)
+from astrocyte_otel_audit.configure import attached_to
+from tests.support import MemoryStorage
+
+ROOT = Path(__file__).parents[2]
+
+#: An SDK before 1.42 makes a tracer at every call and keeps none: nobody can reach one that was handed out.
+_any = TracerProvider(shutdown_on_exit=False)
+needs_kept_tracers = pytest.mark.skipif(
+    _any.get_tracer("any") is not _any.get_tracer("any"), reason="this SDK does not keep its tracers"
+)
+
+
+@pytest.fixture
+def dropping():
+    """A provider that drops every trace."""
+    provider = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False)
+    yield provider
+    provider.shutdown()
+
+
+@pytest.fixture
+def said(caplog):
+    """The warnings so far."""
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def rows_after(processor, storage):
+    assert processor.force_flush(10_000)
+    return [row.action for row in storage.records]
+
+
+# Attaching.
+
+
+def test_the_processor_is_returned_and_attached(provider, storage):
+    processor = configure_audit(storage=storage, actions=["recall"], tracer_provider=provider)
+    assert isinstance(processor, AuditSpanProcessor)
+    assert attached_to(provider) == [processor]
+    with audit_operation("recall", tracer_provider=provider):
+        pass
+    assert rows_after(processor, storage) == ["recall"]
+
+
+def test_another_provider_has_nothing_attached(provider, dropping, storage):
+    configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    assert attached_to(dropping) == []
+    assert attached_to(trace.ProxyTracerProvider()) == []
+
+
+def test_the_providers_sampler_is_wrapped_with_the_same_actions_and_mappings(dropping, storage):
+    mapping = SpanMapping(span_name="memory.{action}")
+    configure_audit(storage=storage, actions=["recall"], mappings=[mapping], tracer_provider=dropping)
+    assert isinstance(dropping.sampler, AuditSampler)
+    assert dropping.sampler.delegate is ALWAYS_OFF
+    assert dropping.sampler.selection.allowlist.actions == ("recall",)
+    assert dropping.sampler.selection.mappings == (mapping,)
+
+
+@needs_kept_tracers
+def test_a_tracer_of_ours_that_was_handed_out_before_gets_the_sampler(dropping, storage):
+    @audited("recall", tracer_provider=dropping)
+    def recall():
+        return None
+
+    recall()
+    processor = configure_audit(storage=storage, actions="*", tracer_provider=dropping)
+    recall()
+    assert rows_after(processor, storage) == ["recall"]
+
+
+@needs_kept_tracers
+def test_a_tracer_of_a_mapped_scope_that_was_handed_out_before_gets_the_sampler(dropping, storage):
+    tracer = dropping.get_tracer("memory")
+    mapping = SpanMapping(span_name="memory.{action}", scope="memory")
+    processor = configure_audit(storage=storage, actions="*", mappings=[mapping], tracer_provider=dropping)
+    tracer.start_span("memory.recall").end()
+    assert rows_after(processor, storage) == ["recall"]
+
+
+def test_a_tracer_that_is_made_later_gets_the_sampler(dropping, storage):
+    mapping = SpanMapping(span_name="memory.{action}")
+    processor = configure_audit(storage=storage, actions="*", mappings=[mapping], tracer_provider=dropping)
+    dropping.get_tracer("anything", "1.0").start_span("memory.recall").end()
+    assert rows_after(processor, storage) == ["recall"]
+
+
+@needs_kept_tracers
+def test_a_tracer_whose_sampler_was_chosen_by_somebody_keeps_it(provider, storage):
+    tracer = provider.get_tracer("memory")
+    tracer.sampler = ALWAYS_OFF
+    mapping = SpanMapping(span_name="memory.{action}", scope="memory")
+    configure_audit(storage=storage, actions="*", mappings=[mapping], tracer_provider=provider)
+    assert tracer.sampler is ALWAYS_OFF
+
+
+def test_a_second_pipeline_gets_its_own_actions_from_tracers_that_were_handed_out(dropping):
+    first, second = MemoryStorage(), MemoryStorage()
+    one = configure_audit(storage=first, actions=["recall"], tracer_provider=dropping)
+    with audit_operation("recall", tracer_provider=dropping):
+        pass
+    two = configure_audit(storage=second, actions=["retain"], tracer_provider=dropping)
+    with audit_operation("retain", tracer_provider=dropping):
+        pass
+    assert attached_to(dropping) == [one, two]
+    assert (rows_after(one, first), rows_after(two, second)) == (["recall"], ["retain"])
+
+
+def test_a_provider_whose_sampler_cannot_be_wrapped_is_used_as_it_is_and_warned_of(storage, said):
+    class Wrapper:
+        """As another vendor's provider is: it takes processors, and keeps its sampler to itself."""
+
+        def add_span_processor(self, processor):
+            self.processor = processor
+
+    provider = Wrapper()
+    processor = configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    assert provider.processor is processor
+    assert said() == [
+        "The sampler of a " + Wrapper.__qualname__ + " can't be wrapped: audit spans that it drops are not audited."
+    ]
+    processor.shutdown()
+
+
+def test_the_normalizer_becomes_the_default_one(provider, storage):
+    before = emit.operation._default_normalizer
+    try:
+        processor = configure_audit(
+            storage=storage, actions="*", tracer_provider=provider, normalizer=Normalizer(keep={"note"})
+        )
+        with audit_operation("recall", request={"note": "two words"}, tracer_provider=provider):
+            pass
+        assert processor.force_flush(10_000)
+        assert storage.records[0].request == {"note": "two words"}
+    finally:
+        emit.set_default_normalizer(before)
+
+
+def test_configuring_returns_at_once_while_nothing_listens(provider):
+    processor = configure_audit(
+        dsn="postgresql://127.0.0.1:1/none", actions="*", tracer_provider=provider, export_timeout_millis=50.0
+    )
+    with audit_operation("recall", tracer_provider=provider):
+        pass
+    assert processor.stats()["waiting"] == 1
+
+
+# The global provider.
+
+
+def run(script):
+    """Run a script in an interpreter of its own: a global provider can be set only once in each."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
+        cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_a_global_provider_is_made_where_there_is_none_and_the_log_says_so():
+    assert run(
+        """
+        import logging, sys
+        logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(name)s")
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
+        from astrocyte_otel_audit import audited, configure_audit
+        from tests.support import MemoryStorage
+
+        @audited("recall")
+        def recall(): ...
+
+        storage = MemoryStorage()
+        processor = configure_audit(storage=storage, actions="*")
+        assert type(trace.get_tracer_provider()) is TracerProvider
+        recall()
+        assert processor.force_flush()
+        print(*[row.action for row in storage.records])
+        """
+    ) == ["astrocyte_otel_audit.configure", "recall"]
+
+
+def test_a_global_provider_that_is_there_is_used():
+    assert run(
+        """
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+        from astrocyte_otel_audit import audited, configure_audit
+        from tests.support import MemoryStorage
+
+        @audited("recall")
+        def recall(): ...
+
+        mine = TracerProvider(sampler=ALWAYS_OFF)
+        trace.set_tracer_provider(mine)
+        storage = MemoryStorage()
+        processor = configure_audit(storage=storage, actions="*")
+        assert trace.get_tracer_provider() is mine
+        recall()
+        mine.shutdown()
+        print(*[row.action for row in storage.records])
+        """
+    ) == ["recall"]
+
+
+def test_no_global_provider_is_made_where_that_is_not_wanted_or_an_argument_is_wrong():
+    assert run(
+        """
+        from opentelemetry import trace
+        from opentelemetry.trace import ProxyTracerProvider
+        from astrocyte_otel_audit import ConfigurationError, configure_audit
+        from tests.support import MemoryStorage
+
+        for arguments in [{"create_provider": False}, {"max_queue_size": 0}, {"normalizer": 7}, {"actions": "recall"}]:
+            try:
+                configure_audit(storage=MemoryStorage(), **arguments)
+            except ConfigurationError as refused:
+                print(refused.source)
+            assert type(trace.get_tracer_provider()) is ProxyTracerProvider
+        """
+    ) == ["tracer_provider", "max_queue_size", "normalizer", "actions"]
+
+
+def test_what_waits_is_written_when_the_interpreter_ends():
+    assert run(
+        """
+        from astrocyte_otel_audit import audited, configure_audit
+        from tests.support import MemoryStorage
+
+        class Printing(MemoryStorage):
+            def close(self):
+                print(*[row.action for row in self.records])
+
+        @audited("recall")
+        def recall(): ...
+
+        configure_audit(storage=Printing(), actions="*", schedule_delay_millis=3_600_000.0)
+        recall()
+        """
+    ) == ["recall"]
+
+
+# What can't be used.
+
+
+@pytest.mark.parametrize("provider", [trace.NoOpTracerProvider(), trace.ProxyTracerProvider(), object(), "provider"])
+def test_a_provider_that_takes_no_processors_is_refused(storage, provider):
+    with pytest.raises(
+        ConfigurationError, match=r"takes no span processors; accepted is an opentelemetry\.sdk"
+    ) as refused:
+        configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    assert refused.value.source == "tracer_provider"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("dsn", "postgresql://user:hunter2-planted%zz@host/db"),
+        ("dsn", None),
+        ("pool", object()),
+        ("actions", "recall"),
+        ("actions", [7]),
+        ("mappings", ["hindsite"]),
+        ("schema", "my schema"),
+        ("table", "pg_audit"),
+        ("migrate", 1),
+        ("normalizer", dict),
+        ("max_queue_size", 0),
+        ("max_export_batch_size", 0),
+        ("schedule_delay_millis", -1),
+        ("export_timeout_millis", 0),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_named_and_nothing_is_attached(provider, argument, value):
+    place = {} if argument in ("dsn", "pool") else {"storage": MemoryStorage()}
+    sampler = provider.sampler
+    with pytest.raises(ConfigurationError, match=f"^{argument}: ") as refused:
+        configure_audit(**{"tracer_provider": provider, **place, argument: value})
+    assert "hunter2" not in str(refused.value)
+    assert (attached_to(provider), provider.sampler) == ([], sampler)
+
+
+async def test_an_async_pool_is_refused(provider):
+    pool = AsyncConnectionPool("host=h", open=False)
+    with pytest.raises(ConfigurationError, match=r"^pool: got a psycopg_pool.*AsyncConnectionPool"):
+        await asyncio.to_thread(configure_audit, pool=pool, tracer_provider=provider)
+
+
+def test_a_variable_that_cannot_be_used_is_named(provider, storage, monkeypatch):
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "plenty")
+    with pytest.raises(ConfigurationError, match=r"^OTEL_BSP_MAX_QUEUE_SIZE: got 'plenty'"):
+        configure_audit(storage=storage, actions="*", tracer_provider=provider)
+
+
+# What would leave the log empty, or cut.
+
+
+@pytest.mark.parametrize("actions", [None, [], ()])
+def test_an_empty_allowlist_is_warned_of_once_with_what_to_do(provider, storage, said, actions):
+    processor = configure_audit(storage=storage, actions=actions, tracer_provider=provider)
+    with audit_operation("recall", tracer_provider=provider):
+        pass
+    assert rows_after(processor, storage) == []
+    [warning] = said()
+    assert warning.startswith("Nothing is audited: the allowlist is empty.")
+    assert "OTEL_ASTROCYTE_AUDIT_ACTIONS" in warning
+
+
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        ({"max_span_attributes": 31}, "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"),
+        ({"max_attributes": 31}, "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"),
+        ({"max_span_attributes": 32}, None),
+        ({"max_span_attribute_length": 127}, "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT"),
+        ({"max_attribute_length": 127}, "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT"),
+        ({"max_span_attribute_length": 128}, None),
+        ({}, None),
+    ],
+)
+def test_limits_that_would_cut_records_are_warned_of_with_the_variable_to_set(storage, said, limits, named):
+    provider = TracerProvider(span_limits=SpanLimits(**limits), shutdown_on_exit=False)
+    configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    assert [named in warning for warning in said()] == ([True] if named else [])
+    provider.shutdown()
+
+
+def test_limits_from_the_environment_are_seen_too(storage, said, monkeypatch):
+    monkeypatch.setenv("OTEL_ATTRIBUTE_COUNT_LIMIT", "8")
+    provider = TracerProvider(shutdown_on_exit=False)
+    configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    assert ["only 8 attributes" in warning for warning in said()] == [True]
+    provider.shutdown()
+
+
+def test_a_set_up_that_is_right_says_nothing(provider, storage, said):
+    processor = configure_audit(storage=storage, actions=["recall"], tracer_provider=provider)
+    with audit_operation("recall", tracer_provider=provider):
+        pass
+    assert rows_after(processor, storage) == ["recall"]
+    processor.shutdown()
+    assert said() == []
+
+
+def test_a_sampled_trace_stays_a_sampled_trace(storage):
+    provider = TracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False)
+    configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    with audit_operation("recall", tracer_provider=provider):
+        assert trace.get_current_span().get_span_context().trace_flags.sampled
+    provider.shutdown()

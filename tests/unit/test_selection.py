@@ -1,0 +1,230 @@
+"""Which ended spans become records, and what of a span goes into its record."""
+
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
+import pytest
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+from astrocyte_otel_audit import SpanMapping
+from astrocyte_otel_audit.pipeline.captured import to_record
+from astrocyte_otel_audit.pipeline.selection import Selection
+from astrocyte_otel_audit.record import ScopeDefaults, record_id
+
+TRACE, SPAN, PARENT = 0x0123456789ABCDEF0123456789ABCDEF, 0xFEDCBA9876543210, 0x1
+START = 1_700_000_000_123_456_789
+
+
+def context(span_id=SPAN, flags=1):
+    return SpanContext(TRACE, span_id, is_remote=False, trace_flags=TraceFlags(flags))
+
+
+def ended(
+    attributes=None,
+    *,
+    action="recall",
+    status=StatusCode.UNSET,
+    start=START,
+    end=START + 2_000_000,
+    flags=1,
+    **changes,
+):
+    """An ended span of ours, as the SDK hands it on; of another library's, without an action."""
+    return ReadableSpan(**{
+        "name": "audit recall",
+        "context": context(flags=flags),
+        "parent": context(PARENT),
+        "resource": Resource({"service.name": "memory"}),
+        "attributes": {**({} if action is None else {"audit.action": action}), **(attributes or {})},
+        "status": Status(status),
+        "start_time": start,
+        "end_time": end,
+        **changes,
+    })  # fmt: skip
+
+
+def record_of(span, selection=None, **noted):
+    captured = (selection or Selection("*")).capture(span, **noted)
+    return None if captured is None else to_record(captured)
+
+
+def test_a_span_becomes_a_record_with_its_identity_its_times_and_its_service():
+    record = record_of(ended())
+    assert record.id == record_id(TRACE, SPAN, START)
+    assert (record.trace_id, record.span_id, record.parent_span_id) == (f"{TRACE:032x}", f"{SPAN:016x}", f"{1:016x}")
+    assert record.started_at == datetime(2023, 11, 14, 22, 13, 20, 123456, tzinfo=UTC)
+    assert record.duration_seconds == 0.002
+    assert record.service_name == "memory"
+
+
+def test_every_attribute_of_the_wire_has_its_place_in_the_record():
+    record = record_of(
+        ended({
+            "audit.outcome": "failure",
+            "audit.actor.id": "alice",
+            "audit.actor.type": "user",
+            "error.type": "TimeoutError",
+            "astrocyte.bank_id": "b",
+            "astrocyte.transport": "mcp",
+            "astrocyte.audit.request.query.length": 12,
+            "astrocyte.audit.response.ids": ("a", "b"),
+            "astrocyte.audit.metadata.model": "mock",
+            "http.route": "/recall",
+        })
+    )  # fmt: skip
+    assert (record.action, record.outcome, record.error_type) == ("recall", "failure", "TimeoutError")
+    assert (record.actor_id, record.actor_type, record.bank_id, record.transport) == ("alice", "user", "b", "mcp")
+    assert record.request == {"query": {"length": 12}}
+    assert record.response == {"ids": ["a", "b"]}
+    assert record.metadata == {"model": "mock"}
+
+
+def test_what_nobody_said_is_none_and_the_transport_reads_unknown():
+    record = record_of(ended(parent=None))
+    assert record.transport == "unknown"
+    assert (record.bank_id, record.actor_id, record.actor_type, record.request, record.response) == (None,) * 5
+    assert (record.parent_span_id, record.error_type, record.metadata) == (None, None, {})
+
+
+@pytest.mark.parametrize(
+    ("actions", "attributes", "selected"),
+    [
+        ((), {}, False),
+        ("*", {}, True),
+        (("recall",), {}, True),
+        (("re?all", "x"), {}, True),
+        (("RECALL",), {}, False),
+        (("retain",), {}, False),
+        ((), {"astrocyte.audit.required": True}, True),
+        ((), {"astrocyte.audit.required": 1}, False),
+        ("*", {"audit.action": 7}, False),
+        ("*", {"audit.action": None}, False),
+    ],
+)
+def test_the_allowlist_decides_alike_at_the_start_and_at_the_end(actions, attributes, selected):
+    selection, span = Selection(actions), ended(attributes)
+    assert selection.may_audit(span.name, span.kind, span.attributes) is selected
+    assert (selection.action_of(span) is not None) is selected
+    assert (selection.capture(span) is not None) is selected
+
+
+def test_a_span_that_names_its_action_is_not_asked_for_a_mapping():
+    selection = Selection(["mapped"], [SpanMapping(span_name="audit recall", action="mapped")])
+    assert selection.action_of(ended()) is None
+    assert selection.action_of(ended(action=None)) == "mapped"
+
+
+@pytest.mark.parametrize(("flags", "sampled"), [(0, False), (1, True), (2, False), (3, True)])
+def test_sampled_is_one_bit_of_the_trace_flags(flags, sampled):
+    assert record_of(ended(flags=flags)).sampled is sampled
+
+
+@pytest.mark.parametrize(
+    ("stated", "status", "outcome"),
+    [
+        ("success", StatusCode.ERROR, "success"),
+        ("unknown", StatusCode.OK, "unknown"),
+        (None, StatusCode.OK, "success"),
+        (None, StatusCode.ERROR, "failure"),
+        # One of ours always states its outcome: where it doesn't, nobody knows.
+        (None, StatusCode.UNSET, "unknown"),
+        ("perhaps", StatusCode.UNSET, "unknown"),
+        (True, StatusCode.ERROR, "failure"),
+    ],
+)
+def test_the_outcome_is_what_the_span_states_or_else_its_status(stated, status, outcome):
+    attributes = {} if stated is None else {"audit.outcome": stated}
+    assert record_of(ended(attributes, status=status)).outcome == outcome
+
+
+def test_an_error_type_is_kept_for_failures_only():
+    attributes = {"error.type": "TimeoutError", "audit.outcome": "success"}
+    assert record_of(ended(attributes)).error_type is None
+
+
+def test_a_scope_fills_what_the_span_leaves_open_and_nothing_else():
+    scope = ScopeDefaults("alice", "user", "http", "scope-bank", "tenant")
+    open_, closed = (
+        record_of(ended(attributes), scope=scope)
+        for attributes in (
+            {},
+            {
+                "audit.actor.id": "bob",
+                "audit.actor.type": "service",
+                "astrocyte.transport": "mcp",
+                "astrocyte.bank_id": "own",
+            },
+        )
+    )
+    assert (open_.actor_id, open_.actor_type, open_.transport, open_.bank_id) == ("alice", "user", "http", "scope-bank")
+    assert (closed.actor_id, closed.actor_type, closed.transport, closed.bank_id) == ("bob", "service", "mcp", "own")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "scope", "transport"),
+    [("mcp", "http", "mcp"), (None, "http", "http"), (None, None, "bench")],
+)
+def test_a_transport_is_the_spans_then_the_scopes_then_the_mappings(attribute, scope, transport):
+    selection = Selection("*", [SpanMapping(span_name="audit {action}", transport="bench")])
+    attributes = {"astrocyte.transport": attribute} if attribute else {}
+    span = ended(attributes, action=None)
+    assert record_of(span, selection, scope=ScopeDefaults(transport=scope)).transport == transport
+
+
+def test_what_was_noted_at_the_start_goes_into_the_record():
+    record = record_of(ended(), record_id="noted", schema="tenant_a")
+    assert (record.id, record.schema) == ("noted", "tenant_a")
+
+
+def test_dropped_attributes_are_said_since_any_of_them_may_have_been_of_the_record():
+    provider = TracerProvider(span_limits=SpanLimits(max_span_attributes=3), shutdown_on_exit=False)
+    span = provider.get_tracer("test").start_span("audit recall")
+    span.set_attributes({f"app.{number}": number for number in range(5)} | {"audit.action": "recall"})
+    span.end()
+    assert record_of(span).metadata == {"dropped_attributes": 3}
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "started_at", "ended_at"),
+    [
+        (None, None, datetime(1970, 1, 1, tzinfo=UTC), None),
+        (START, None, datetime(2023, 11, 14, 22, 13, 20, 123456, tzinfo=UTC), None),
+        (0, "later", datetime(1970, 1, 1, tzinfo=UTC), None),
+        (-(10**30), 10**30, datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)),
+    ],
+)
+def test_times_that_are_no_times_do_not_lose_the_record(start, end, started_at, ended_at):
+    record = record_of(ended(start=start, end=end))
+    assert (record.started_at, record.ended_at) == (started_at, ended_at)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("b", "b"), (7, "7"), (0, "0"), (1.5, "1.5"), (True, "True"), (("a", "b"), "tuple")],
+)
+def test_an_id_of_another_type_is_kept_as_text(value, text):
+    assert record_of(ended({"astrocyte.bank_id": value})).bank_id == text
+
+
+def test_an_action_of_no_characters_reads_unknown():
+    assert record_of(ended(action="")).action == "unknown"
+
+
+def test_a_span_without_a_service_or_an_instrumentation_scope_is_audited_too():
+    span = ended(action=None, name="recall", resource=Resource({}), instrumentation_scope=None)
+    record = record_of(span, Selection("*", [SpanMapping(span_name="{action}")]))
+    assert (record.action, record.service_name) == ("recall", None)
+
+
+def test_a_service_name_that_is_no_text_is_left_out():
+    odd = SimpleNamespace(attributes={"service.name": 7})
+    assert record_of(ended(resource=odd)).service_name is None
+
+
+def test_a_name_from_data_does_not_make_the_caches_grow_without_end():
+    selection = Selection("*", [SpanMapping(span_name="memory.{action}")])
+    for number in range(5000):
+        selection.may_audit(f"memory.{number}", SpanKind.INTERNAL, None)
+    assert selection._mapped_by_name.cache_info().currsize <= 4096
