@@ -49,7 +49,7 @@ def configure_audit(
 
     Returns at once, whether or not Postgres is there: the connection is made by the processor's thread, which says
     in the log what keeps it from writing. Call it once, early: a tracer that was handed out before keeps the
-    sampler it had, but for those of this library and of the mappings.
+    sampler it had, but for those of this library and of the mappings (and, before SDK 1.42, those too).
 
     Args:
         dsn: connection string of the writer's role. Like every argument it falls back to its environment variable,

@@ -97,6 +97,7 @@ class AuditSpanProcessor(SpanProcessor):
             for operation in self._operations.end(span, self._exporter.selection.capture):
                 self._writer.submit(operation)
         except Exception as fault:  # it would reach the application
+            self._writer.count_unreadable()
             self._troubles.report("on_end", f"an audit span could not become a record ({type(fault).__qualname__})")
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:

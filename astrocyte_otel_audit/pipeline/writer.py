@@ -76,8 +76,8 @@ class Writer:
         self._failures_told = 0
         #: Set when records of parked tenants found no place and the log doesn't say so yet.
         self._overflowed = False
-        #: Set when nothing is written any more.
-        self._ended = False
+        #: Set when nothing is written any more, and when `stop` has stopped waiting for it.
+        self._ended = self._given_up = False
         self._troubles = Troubles(_logger, self._clock)
 
     def start(self) -> None:
@@ -139,7 +139,9 @@ class Writer:
             self._run()  # late in interpreter shutdown no thread can be started any more
         elif first:
             self._close()
-        left = self._accepted - self._settled
+        with self._changed:
+            self._given_up = True
+            left = self._accepted - self._settled
         if first and left:
             _logger.error("%d audit records could not be written before the shutdown's deadline and are lost.", left)
         return left
@@ -148,17 +150,22 @@ class Writer:
         """Return counts since the start of the process.
 
         `accepted`; of these `stored` in the table, `set_aside` (refused by it and kept beside it) and `lost`, and
-        still open: `waiting` and `parked`. `refused_full` and `refused_shutdown` were never accepted.
+        still open: `waiting` and `parked`. `refused_full` and `refused_shutdown` were never accepted, `unreadable`
+        were audit spans that could not become a record.
         """
         with self._changed:
-            parked = len(self._parking)
-            counts = ("stored", "set_aside", "lost", "refused_full", "refused_shutdown")
-            return {
-                "accepted": self._accepted,
-                "waiting": self._accepted - self._settled - parked,
-                "parked": parked,
-                **{name: self._counts[name] for name in counts},
-            }
+            counts = ("stored", "set_aside", "lost", "refused_full", "refused_shutdown", "unreadable")
+            stats = {name: self._counts[name] for name in counts}
+            left, parked = self._accepted - self._settled, len(self._parking)
+            if self._given_up:  # what is left will only get there if a hanging server answers after all
+                stats["lost"] += left
+                left = parked = 0
+            return {"accepted": self._accepted, "waiting": left - parked, "parked": parked, **stats}
+
+    def count_unreadable(self) -> None:
+        """Count an audit span that could not become a record."""
+        with self._changed:
+            self._counts["unreadable"] += 1
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: what the parent accepted is the parent's to write."""

@@ -42,6 +42,12 @@ _NO_RIGHT: Final = (
     "migrating needs CREATE on the schema and the table's owner"
 )
 
+#: Postgres says so of a table in a missing schema too.
+_NO_TABLE: Final = (
+    "the table does not exist; run `astrocyte-otel-audit migrate` (--create-schema if its schema is missing too), or "
+    "set migrate=True"
+)
+
 #: By SQLSTATE (PostgreSQL manual, appendix A): its own entry goes before that of its first two characters.
 _BY_SQLSTATE: Final[dict[str, tuple[FaultClass, str]]] = {
     "08": (_RETRY, "the connection broke"),
@@ -57,7 +63,7 @@ _BY_SQLSTATE: Final[dict[str, tuple[FaultClass, str]]] = {
     "40": (_RETRY, "the transaction was rolled back by a concurrent one"),
     "42501": (_PARK, _NO_RIGHT),
     "42703": (_PARK, "the table lacks a column; run `astrocyte-otel-audit migrate`, if it is an audit log"),
-    "42P01": (_PARK, "the table does not exist; run `astrocyte-otel-audit migrate`, or set migrate=True"),
+    "42P01": (_PARK, _NO_TABLE),
     "42804": (_PARK, "the table's columns have other types; is it an audit log?"),
     "44": (_SET_ASIDE, "a view's check option refuses the record"),
     "53": (_RETRY, "the server is out of disk, memory or connections"),

@@ -297,7 +297,7 @@ def test_the_stats_are_those_of_the_writer_and_the_open_operations(provider, pro
         assert processor.force_flush(10_000)
         assert processor.stats() == {
             "accepted": 1, "waiting": 0, "parked": 0, "stored": 1, "set_aside": 0, "lost": 0,
-            "refused_full": 0, "refused_shutdown": 0, "open": 1,
+            "refused_full": 0, "refused_shutdown": 0, "unreadable": 0, "open": 1,
         }  # fmt: skip
 
 

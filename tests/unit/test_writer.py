@@ -727,7 +727,7 @@ def test_the_stats_add_up(make):
     stats = writer.stats()
     assert stats == {
         "accepted": 15, "stored": 5, "set_aside": 5, "parked": 5, "lost": 0, "waiting": 0,
-        "refused_full": 0, "refused_shutdown": 0,
+        "refused_full": 0, "refused_shutdown": 0, "unreadable": 0,
     }  # fmt: skip
 
 
