@@ -1,8 +1,8 @@
 """The rate that is sustained from the call to the row, against the logger that this project's interface comes from.
 
 The peer is Astrocyte's own `AuditLogger` on an `AsyncConnectionPool` of four: a task, an INSERT and a commit an entry.
-Both sides log the same entries from one event loop that yields once an entry, and the clock stops when the last row
-is in the table.
+Both sides log the same entries from one event loop that yields once every ten entries, as under a burst of requests,
+and the clock stops when the last row is in the table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ async def _log(log: Callable[[Any], None], entry: type[Any], count: int) -> None
                 response={"hits": 3},
             )
         )
-        await asyncio.sleep(0)
+        if number % 10 == 0:
+            await asyncio.sleep(0)
 
 
 def _ours(dsn: str) -> float:
