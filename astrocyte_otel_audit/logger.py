@@ -231,7 +231,8 @@ def _copy(entry: AuditEntry, operation: AuditOperation) -> None:
                 setattr(operation, name, value)
         operation.request = entry.request
         operation.response = entry.response
-        operation.metadata = entry.metadata
+        if entry.metadata:
+            operation.metadata = entry.metadata
         operation.outcome = getattr(entry, "outcome", None)
     except Exception as fault:
         _not_logged(fault)

@@ -115,6 +115,8 @@ def fields_of(value: Any, kind: type, limit: int) -> Iterable[tuple[object, obje
     Of a dict, `limit` pairs that aren't None. A foreign mapping may have no end, so all are asked for so many only.
     """
     if issubclass(kind, dict):
+        if dict.__len__(value) <= limit:  # as most are
+            return list(dict.items(value))
         looked_at = islice(dict.items(value), MAX_SCANNED)
         return list(islice((pair for pair in looked_at if pair[1] is not None), limit))
     if issubclass(kind, Mapping):

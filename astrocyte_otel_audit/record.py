@@ -117,4 +117,5 @@ def ns_from_datetime(instant: datetime) -> int:
     """Return nanoseconds since the epoch; a naive datetime is taken as UTC."""
     if instant.utcoffset() is None:
         instant = instant.replace(tzinfo=UTC)
-    return (instant - _EPOCH) // timedelta(microseconds=1) * 1000
+    since = instant - _EPOCH
+    return ((since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds) * 1_000

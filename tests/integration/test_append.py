@@ -387,7 +387,7 @@ class TestBadRows:
         assert [fault.sqlstate for _, fault in result.set_aside] == ["23502"]
 
     def test_records_of_other_types_are_set_aside(self, table):
-        bad = [full_record(1, started_at="yesterday"), full_record(2, bank_id=7)]
+        bad = [full_record(1, started_at="no instant"), full_record(2, bank_id=7)]
 
         result = table.append([full_record(0), *bad, full_record(3)])
 
