@@ -38,8 +38,6 @@ def embedded_postgres(directory: Path | None = None) -> Iterator[str]:
     """
     data = (directory or default_directory()).absolute()
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if os.geteuid() == 0 and data.parent.stat().st_uid == 0:
-        data.parent.chmod(0o755)  # as root, the server runs as another user, who has to get there
     server = _start(data)
     try:
         yield server.get_uri()
