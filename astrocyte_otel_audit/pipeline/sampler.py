@@ -60,10 +60,12 @@ class AuditSampler(Sampler):
     ) -> SamplingResult:
         """Return the delegate's decision, or RECORD_ONLY in place of DROP for an audit span."""
         result = self.delegate.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
-        if result.decision is Decision.DROP and self._selection.may_audit(name, kind, attributes):
-            # A dropping sampler returns no attributes, and the span takes the result's: hand on the caller's.
-            return SamplingResult(Decision.RECORD_ONLY, attributes, result.trace_state)
-        return result
+        try:
+            keep = result.decision is Decision.DROP and self._selection.may_audit(name, kind, attributes)
+        except Exception:  # a name or attributes that no span should have: the application started it all the same
+            keep = False
+        # A dropping sampler returns no attributes, and the span takes the result's: hand on the caller's.
+        return SamplingResult(Decision.RECORD_ONLY, attributes, result.trace_state) if keep else result
 
     def get_description(self) -> str:
         """Return a description that names the delegate's."""

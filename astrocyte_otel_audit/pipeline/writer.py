@@ -112,8 +112,10 @@ class Writer:
             self._flushing += 1
             self._parking.expedite()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._is_decided(goal, flush), timeout_seconds)
-            self._flushing -= 1
+            try:
+                self._changed.wait_for(lambda: self._is_decided(goal, flush), timeout_seconds)
+            finally:  # a signal's handler may raise in here
+                self._flushing -= 1
             self._failures_told = self._counts["set_aside"] + self._counts["lost"]
             return self._oldest_unsettled() >= goal and self._failures_told == told
 

@@ -136,3 +136,10 @@ def test_an_argument_that_cannot_be_used_is_named(argument, arguments):
     with pytest.raises(ConfigurationError, match=f"^{argument}: .") as refused:
         AuditSampler(**arguments)
     assert refused.value.source == argument
+
+
+@pytest.mark.parametrize("name", [None, 5, ["x"]])
+def test_a_name_that_is_none_reaches_the_delegate_and_raises_nothing(name):
+    sampler = AuditSampler(ALWAYS_OFF, actions="*", mappings=["astrocyte"])
+
+    assert sampler.should_sample(None, 1, name).decision is Decision.DROP
