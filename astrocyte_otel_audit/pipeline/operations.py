@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span
 from opentelemetry.trace import SpanContext
 
 from astrocyte_otel_audit import attributes
-from astrocyte_otel_audit.pipeline.captured import Captured, filled, to_record
+from astrocyte_otel_audit.pipeline.captured import Captured, to_record
 from astrocyte_otel_audit.record import NO_SCOPE, AuditRecord, ScopeDefaults, record_id
 
 _Key: TypeAlias = tuple[int, int]
@@ -85,7 +85,7 @@ class OpenOperations:
         orphans = self.orphans() if self._orphans else ()
         if captured is None:
             return orphans if inner is None else (*orphans, inner)
-        if inner is not None and _same(_bank(captured), inner.bank_id):
+        if inner is not None and not _contradicts(captured, inner):
             captured, inner = captured._replace(inner=inner), None
         parent = span.parent
         if parent is not None and not parent.is_remote and self._fold(_key(parent), captured):
@@ -115,13 +115,13 @@ class OpenOperations:
             outer = self._open.get(parent)
             if outer is None or outer.action != captured.action or outer.schema != captured.schema:
                 return False
-            earlier = self._inner.get(parent)
-            # Where another bank was touched, that must not vanish in the outer row.
-            outer_bank = _bank_of_open(outer) or (None if earlier is None else earlier.bank_id)
-            if not _same(_bank(captured), outer_bank):
+            # One row can speak for one inner operation. A second one, another bank's, and one whose emitter was
+            # promised its row keep their own, or they would vanish.
+            if parent in self._inner or captured.attributes.get(attributes.REQUIRED) is True:
                 return False
-            record = to_record(captured)
-            self._inner[parent] = record if earlier is None else filled(earlier, record)
+            if not _same(_bank(captured), _bank_of_open(outer)):
+                return False
+            self._inner[parent] = to_record(captured)
             return True
 
     def _forget(self, reference: weakref.ref[Span]) -> None:
@@ -135,6 +135,13 @@ def _bank(captured: Captured) -> object:
     if captured.bank_id is None and captured.scope is not None:
         return captured.scope.bank_id
     return captured.bank_id
+
+
+def _contradicts(outer: Captured, inner: AuditRecord) -> bool:
+    """Say whether the outer row would hide that the inner one was another bank's, another actor's, or a failure."""
+    said = to_record(outer)
+    hides_failure = inner.outcome == "failure" and said.outcome != "failure"
+    return hides_failure or not (_same(said.bank_id, inner.bank_id) and _same(said.actor_id, inner.actor_id))
 
 
 def _bank_of_open(outer: _Open) -> object:

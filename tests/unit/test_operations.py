@@ -80,9 +80,8 @@ def test_the_outermost_is_filled_from_the_inner_where_it_is_empty(operation, row
 
 def test_the_outermost_keeps_what_it_says_itself(operation, rows):
     with operation(bank_id="b", transport="http", actor_id="alice", actor_type="user") as outer:
-        with operation(bank_id="b", transport="mcp", actor_id="bob", actor_type="service") as inner:
+        with operation(bank_id="b", transport="mcp", actor_id="alice", actor_type="service") as inner:
             inner.response = {"hits": 3}
-            inner.outcome = "failure"
         outer.response = {"hits": 1}
     [row] = rows()
     assert (row.transport, row.actor_id, row.actor_type, row.response) == ("http", "alice", "user", {"hits": 1})
@@ -123,13 +122,24 @@ def test_siblings_stay_separate(operation, provider, rows):
     assert sorted(row.bank_id for row in rows()) == ["b0", "b1", "b2"]
 
 
-def test_two_of_the_same_bank_inside_one_are_part_of_it(operation, rows):
+def test_a_second_one_inside_keeps_a_row_of_its_own(operation, rows):
     with operation(bank_id="b"):
         for number in range(2):
             with operation(bank_id="b", request={f"part_{number}": number}):
                 pass
-    [row] = rows()
-    assert row.request == {"part_0": 0, "part_1": 1}
+    assert sorted(str(row.request) for row in rows()) == ["{'part_0': 0}", "{'part_1': 1}"]
+
+
+def test_a_failure_inside_a_success_does_not_vanish(operation, rows):
+    with operation(bank_id="b"), operation(bank_id="b") as inner:
+        inner.outcome = "failure"
+    assert sorted(row.outcome for row in rows()) == ["failure", "success"]
+
+
+def test_another_actor_inside_does_not_vanish(operation, rows):
+    with operation(bank_id="b", actor_id="admin"), operation(bank_id="b", actor_id="intruder"):
+        pass
+    assert sorted(row.actor_id for row in rows()) == ["admin", "intruder"]
 
 
 def test_another_action_inside_stays_separate(operation, rows):
