@@ -95,10 +95,10 @@ def to_record(captured: Captured) -> AuditRecord:
         None,
         captured.schema,
     )
-    return record if captured.inner is None else filled(record, captured.inner)
+    return record if captured.inner is None else _filled(record, captured.inner)
 
 
-def filled(outer: AuditRecord, inner: AuditRecord) -> AuditRecord:
+def _filled(outer: AuditRecord, inner: AuditRecord) -> AuditRecord:
     """Return the outer record, with the inner one's parts where it is empty. Outcome and times are the outer's own."""
     return outer._replace(
         transport=inner.transport if outer.transport == UNKNOWN_TRANSPORT else outer.transport,

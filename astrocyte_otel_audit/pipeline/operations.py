@@ -72,7 +72,7 @@ class OpenOperations:
 
         Returns:
             Nothing, where there is nothing to write or the enclosing operation has taken it in; the operation; or
-            two, where an inner operation turned out to be about another bank.
+            more, where an inner operation is one that its row would have hidden, or others were never ended.
         """
         key = _key(span.context)
         with self._lock:

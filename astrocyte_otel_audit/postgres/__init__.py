@@ -1,11 +1,10 @@
 """Postgres: the only room with SQL. Writes records, reads them, and keeps the table's shape."""
 
 from astrocyte_otel_audit.postgres.connection import Connections, OwnConnection, PooledConnections, dsn_of_pool
-from astrocyte_otel_audit.postgres.encoding import json_text
 from astrocyte_otel_audit.postgres.faults import Fault, FaultClass, classify
 from astrocyte_otel_audit.postgres.table import Appended, AuditTable, Cursor, Page, SetAside
 
 __all__ = [
     "Appended", "AuditTable", "Connections", "Cursor", "Fault", "FaultClass", "OwnConnection", "Page",
-    "PooledConnections", "SetAside", "classify", "dsn_of_pool", "json_text",
+    "PooledConnections", "SetAside", "classify", "dsn_of_pool",
 ]  # fmt: skip

@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 import pytest
 
-from astrocyte_otel_audit.postgres import encoding, json_text
-from astrocyte_otel_audit.postgres.encoding import columns, record_text
+from astrocyte_otel_audit.postgres import encoding
+from astrocyte_otel_audit.postgres.encoding import columns, json_text, record_text
 from astrocyte_otel_audit.postgres.statements import statement
 from tests.records import bare_record, full_record
 
