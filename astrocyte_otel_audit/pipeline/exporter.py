@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -22,6 +20,7 @@ from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import ConfigurationError, DatabaseUnavailableError
 from astrocyte_otel_audit.pipeline.captured import to_record
 from astrocyte_otel_audit.pipeline.mapping import SpanMapping, resolve_mappings
+from astrocyte_otel_audit.pipeline.processes import call_in_forked_children
 from astrocyte_otel_audit.pipeline.selection import Selection
 from astrocyte_otel_audit.pipeline.troubles import Troubles
 from astrocyte_otel_audit.postgres import Appended, AuditTable, Fault, OwnConnection, PooledConnections
@@ -107,10 +106,7 @@ class AuditSpanExporter(SpanExporter):
         self.storage = storage
         self._warned_of_stock_processor = False
         self._troubles = Troubles(_logger, time.monotonic)
-        if hasattr(os, "register_at_fork"):
-            # Weakly, as the SDK does: the registration can't be taken back and must not keep the exporter alive.
-            reference = weakref.WeakMethod(self._after_fork)
-            os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
+        call_in_forked_children(self, type(self)._after_fork)
 
     def current_schema(self) -> str | None:
         """Return the tenant's schema as the calling thread sees it; None for the table's default."""
@@ -120,7 +116,7 @@ class AuditSpanExporter(SpanExporter):
             found = self._schema_getter()
         except Exception as fault:
             self._troubles.report(
-                "schema",
+                "schema function",
                 f"the schema function failed ({type(fault).__qualname__}): its records go to the default schema",
             )
             return None
@@ -169,10 +165,9 @@ class AuditSpanExporter(SpanExporter):
         except DatabaseUnavailableError as fault:
             _logger.warning("%d audit records are lost, as a stock processor does not retry: %s", len(records), fault)
             return SpanExportResult.FAILURE
-        lost = [str(fault) for fault, _ in appended.parked.values()] + [str(fault) for _, fault in appended.homeless]
-        if lost:
-            _logger.warning("Audit records are lost, as a stock processor does not retry: %s", lost[0])
-        return SpanExportResult.FAILURE if lost else SpanExportResult.SUCCESS
+        for reason, lost in appended.parked.values():
+            _logger.warning("%d audit records are lost, as a stock processor does not retry: %s", len(lost), reason)
+        return SpanExportResult.FAILURE if appended.parked else SpanExportResult.SUCCESS
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:  # noqa: ARG002 - the interface's argument
         """Return True: nothing waits in here."""

@@ -76,19 +76,29 @@ class Parking:
     def due(self, now: float, limit: int) -> list[Numbered]:
         """Take the oldest operations of one tenant whose next attempt has come; nothing if there is none.
 
-        The attempt's end must be told: by `park` for what has failed again, by `release` for what has not.
+        Half as many with every failure: a batch that takes the server too long is in time once it is small enough,
+        and whoever holds a lock is asked for less. The attempt's end must be told: by `park` for what has failed
+        again, by `release` for a tenant of which nothing has.
         """
         for lane in self._lanes.values():
             if lane.next_attempt <= now and lane.waiting:
                 lane.next_attempt = float("inf")
+                limit = max(1, limit >> lane.failures)
                 return [lane.waiting.popleft() for _ in range(min(limit, len(lane.waiting)))]
         return []
 
-    def park(self, items: Sequence[Numbered], now: float, flush: int) -> None:
-        """Park a tenant's operations, in front of those that wait already."""
+    def park(self, items: Sequence[Numbered], now: float, flush: int, *, others_passed: bool = False) -> None:
+        """Park a tenant's operations, in front of those that wait already.
+
+        Args:
+            items: they are all of one schema.
+            now: monotonic seconds.
+            flush: number of the last flush before the attempt that failed.
+            others_passed: others of the same tenant could be written, so it needn't wait long.
+        """
         lane = self._lanes.setdefault(items[0].operation.schema, _Lane())
         lane.waiting.extendleft(reversed(items))
-        lane.failures += 1
+        lane.failures = 1 if others_passed else lane.failures + 1
         lane.next_attempt = now + self._backoff.delay(lane.failures)
         lane.failed_for_flush = flush
 
@@ -97,6 +107,7 @@ class Parking:
         lane = self._lanes.get(schema)
         if lane is not None:
             lane.next_attempt = 0.0
+            lane.failures = max(0, lane.failures - 1)
             if not lane.waiting:
                 del self._lanes[schema]
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-import weakref
 
 from opentelemetry.context import Context, get_value
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
@@ -15,6 +13,7 @@ from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
 from astrocyte_otel_audit.pipeline.operations import OpenOperations
 from astrocyte_otel_audit.pipeline.parking import Backoff
+from astrocyte_otel_audit.pipeline.processes import call_at_the_end_of_children, call_in_forked_children
 from astrocyte_otel_audit.pipeline.troubles import Troubles
 from astrocyte_otel_audit.pipeline.writer import Writer
 from astrocyte_otel_audit.record import NO_SCOPE, ScopeDefaults
@@ -66,10 +65,8 @@ class AuditSpanProcessor(SpanProcessor):
         self._writer = Writer(
             exporter, capacity=capacity, batch_size=batch_size, delay_seconds=delay_millis / 1000, backoff=backoff
         )
-        if hasattr(os, "register_at_fork"):
-            # Weakly, as the SDK does: the registration can't be taken back and must not keep the processor alive.
-            reference = weakref.WeakMethod(self._after_fork)
-            os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
+        call_in_forked_children(self, type(self)._after_fork)
+        call_at_the_end_of_children(self, type(self).shutdown)
         self._writer.start()
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 
 #: A trouble that lasts is said again after this many seconds, so that it isn't only at the far end of a log.
@@ -23,9 +23,9 @@ class Troubles:
         self._logger = logger
         self._clock = clock
         self._lock = threading.RLock()  # reentrant: see Writer
-        self._open: dict[str, tuple[str, float]] = {}
+        self._open: dict[Hashable, tuple[str, float]] = {}
 
-    def report(self, topic: str, message: str) -> None:
+    def report(self, topic: Hashable, message: str) -> None:
         """Warn, unless the same message of the same topic was said a short while ago."""
         now = self._clock()
         with self._lock:
@@ -35,7 +35,7 @@ class Troubles:
             self._open[topic] = (message, now)
         self._say(message)
 
-    def clear(self, topic: str, message: str) -> None:
+    def clear(self, topic: Hashable, message: str) -> None:
         """Say that a trouble is over, if there was one."""
         if topic in self._open:
             with self._lock:

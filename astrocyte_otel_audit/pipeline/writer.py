@@ -8,15 +8,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
-from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.pipeline.backlog import Backlog, MemoryBacklog, Operation
-from astrocyte_otel_audit.pipeline.captured import to_record
+from astrocyte_otel_audit.pipeline.delivery import Delivered, Delivery
 from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
 from astrocyte_otel_audit.pipeline.parking import Backoff, Numbered, Parking
 from astrocyte_otel_audit.pipeline.troubles import Troubles
-from astrocyte_otel_audit.record import AuditRecord
 
 _logger = logging.getLogger(__name__)
 
@@ -72,13 +69,14 @@ class Writer:
         #: Calls of `flush` so far, and those that wait now.
         self._flush = self._flushing = 0
         self._counts: Counter[str] = Counter()
-        #: Records set aside or lost that a `flush` has answered for.
-        self._failures_told = 0
+        #: When parked tenants may hold up the others again.
+        self._parked_rest_until = 0.0
         #: Set when records of parked tenants found no place and the log doesn't say so yet.
         self._overflowed = False
         #: Set when nothing is written any more, and when `stop` has stopped waiting for it.
         self._ended = self._given_up = False
         self._troubles = Troubles(_logger, self._clock)
+        self._delivery = Delivery(self._exporter, self._troubles)
 
     def start(self) -> None:
         """Start the thread, which looks at the table at once: a mistake is reported before it delays a row."""
@@ -101,12 +99,11 @@ class Writer:
         """Write what waits now, without the usual delay.
 
         Returns:
-            True only if every record accepted before the call is in the table. False at the timeout, and as soon
-            as it is clear that one can't get there: its tenant's table is missing, or one was set aside or lost
-            since the flush before.
+            True only if every record accepted before the call is in the table: no more, once one was set aside or
+            lost. False at the timeout, and as soon as it is clear that one can't get there.
         """
         with self._changed:
-            goal, told = self._accepted, self._failures_told
+            goal = self._accepted
             self._flush += 1
             flush = self._flush
             self._flushing += 1
@@ -116,14 +113,13 @@ class Writer:
                 self._changed.wait_for(lambda: self._is_decided(goal, flush), timeout_seconds)
             finally:  # a signal's handler may raise in here
                 self._flushing -= 1
-            self._failures_told = self._counts["set_aside"] + self._counts["lost"]
-            return self._oldest_unsettled() >= goal and self._failures_told == told
+            return self._oldest_unsettled() >= goal and not self._counts["set_aside"] + self._counts["lost"]
 
     def stop(self, timeout_seconds: float) -> int:
         """Refuse new records, write what waits until the deadline, end the thread and close the exporter.
 
-        Harmless when repeated. Returns by the deadline, even where a server that doesn't answer holds the thread:
-        that closes its connection when it is let go.
+        Harmless when repeated, also from a signal's handler, whatever that has interrupted. Returns by the deadline,
+        even where a server that doesn't answer holds the thread: that closes its connection when it is let go.
 
         Returns:
             How many accepted records were not written by then. They are lost, and said to be.
@@ -134,13 +130,14 @@ class Writer:
                 self._deadline = self._clock() + timeout_seconds
                 self._parking.expedite()
                 self._changed.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join(timeout_seconds)
-        elif first and self._accepted > self._settled:
-            self._run()  # late in interpreter shutdown no thread can be started any more
-        elif first:
-            self._close()
+            if self._thread is not None and self._thread is not threading.current_thread():
+                # Not by joining it: a condition lets go of a lock that this very thread may hold further up.
+                self._changed.wait_for(lambda: self._ended, timeout_seconds)
+        if first and self._thread is None:
+            if self._accepted > self._settled:
+                self._run()  # late in interpreter shutdown no thread can be started any more
+            else:
+                self._close()
         with self._changed:
             self._given_up = True
             left = self._accepted - self._settled
@@ -183,8 +180,8 @@ class Writer:
         if self._accepted - self._settled >= self._capacity:
             self._counts["refused_full"] += 1
             return f"new audit records are refused and lost: {self._capacity} wait (max_queue_size)"
+        self._accepted += 1  # first: a signal's handler may come between, and wait for all that is accepted
         self._backlog.append(operation)
-        self._accepted += 1
         waiting = len(self._backlog)
         if waiting == 1:
             self._oldest_since = self._clock()
@@ -205,7 +202,7 @@ class Writer:
             self._thread = None
 
     def _run(self) -> None:
-        self._look_at_table()
+        self._delivery.look_at_table()
         while (batch := self._next_batch()) is not None:
             if self._overflowed:
                 self._overflowed = False
@@ -219,25 +216,10 @@ class Writer:
         self._close()
 
     def _close(self) -> None:
+        self._delivery.close()
         with self._changed:
             self._ended = True
             self._changed.notify_all()
-        try:
-            self._exporter.shutdown()
-        except Exception as error:  # it is over all the same
-            self._troubles.report("close", f"the audit table could not be closed ({type(error).__qualname__})")
-
-    def _look_at_table(self) -> None:
-        try:
-            fault = self._exporter.check()
-        except DatabaseUnavailableError as unavailable:
-            self._troubles.report("database", _waits_for_postgres(str(unavailable)))
-        except BaseException as error:  # whatever it is, the first batch will meet it again
-            self._troubles.report("database", f"the audit table can't be looked at ({type(error).__qualname__})")
-        else:
-            schema = self._exporter.default_schema
-            if fault is not None and schema is not None:
-                self._troubles.report(schema, _waits_for_table(schema, fault))
 
     def _next_batch(self) -> list[Numbered] | None:
         """Wait for records to write. None means that the thread shall end."""
@@ -246,19 +228,19 @@ class Writer:
                 now = self._clock()
                 if self._deadline is not None and now >= self._deadline:
                     return None
-                batch = self._parking.due(now, self._batch_size)
-                if not batch and len(self._backlog) and now >= self._batch_is_due():
+                due = bool(len(self._backlog)) and now >= self._batch_is_due()
+                batch: list[Numbered] = []
+                if not due or now >= self._parked_rest_until:
+                    batch = self._parking.due(now, self._batch_size)
+                if not batch and due:
                     batch = self._take(now)
                 if batch or self._overflowed:
                     self._in_flight = batch
                     return batch
-                if not len(self._backlog):
-                    if self._deadline is not None:
-                        return None
-                    due = self._parking.next_attempt()
-                else:
-                    due = min(self._batch_is_due(), self._parking.next_attempt())
-                self._changed.wait(None if due == float("inf") else max(0.0, due - now))
+                if not len(self._backlog) and self._deadline is not None:
+                    return None
+                wake = min(self._batch_is_due() if len(self._backlog) else float("inf"), self._parking.next_attempt())
+                self._changed.wait(None if wake == float("inf") else max(0.0, wake - now))
 
     def _batch_is_due(self) -> float:
         hurry = self._flushing or self._deadline is not None or len(self._backlog) >= self._batch_size
@@ -277,61 +259,37 @@ class Writer:
 
     def _deliver(self, batch: list[Numbered]) -> None:
         """Write a batch, however long it takes. Past the deadline it stays what it is, in flight."""
-        records = [self._to_record(item.operation) for item in batch]
         attempt, draining = 0, False
         while True:
-            flush = self._flush  # this attempt answers to the flushes that were called before it
+            began, flush = self._clock(), self._flush  # this attempt answers to the flushes that were called before it
             if self._deadline is not None and not draining:
                 attempt, draining = 0, True  # however long Postgres was away: what can be written shall be, until then
-            try:
-                appended = self._exporter.write([record for record in records if record is not None])
-                refused = {id(record) for _, parked in appended.parked.values() for record in parked}
-                break
-            except DatabaseUnavailableError as unavailable:
-                trouble = str(unavailable)
-            except BaseException as error:  # a thread that ends here would let the backlog grow in silence
-                trouble = f"an unexpected {type(error).__qualname__}"
-            self._troubles.report("database", _waits_for_postgres(trouble))
+            delivered = self._delivery.attempt(batch)
+            if delivered is not None:
+                return self._book(delivered, began, flush)
             attempt += 1
             if not self._pause(self._backoff.delay(attempt), flush, draining):
-                return
-        # Said first, so that whoever waits in `flush` finds the reason in the log.
-        self._troubles.clear("database", "audit records are being written again")
-        for name in appended.schemas:
-            self._troubles.clear(name, f"audit records of schema {name!r} are being written again")
-        for name, (fault, _) in appended.parked.items():
-            self._troubles.report(name, _waits_for_table(name, fault))
-        with suppress(Exception):  # as in Troubles: a log's handler must not end this thread
-            for bad, fault in appended.set_aside:
-                _logger.error("Audit record %s (%r) was set aside: %s.", bad.id, bad.action, fault)
-            for bad, fault in appended.homeless:
-                _logger.error("Audit record %s (%r) is lost, as it can't be set aside: %s.", bad.id, bad.action, fault)
-        settled: list[Numbered] = []
-        again: dict[str | None, list[Numbered]] = {}
-        for item, record in zip(batch, records, strict=True):
-            if id(record) in refused:
-                again.setdefault(item.operation.schema, []).append(item)
-            else:
-                settled.append(item)
+                return None
+
+    def _book(self, delivered: Delivered, began: float, flush: int) -> None:
         with self._changed:
-            self._counts["stored"] += appended.stored
-            self._counts["set_aside"] += len(appended.set_aside)
-            self._counts["lost"] += len(appended.homeless) + records.count(None)
-            for schema in {item.operation.schema for item in settled} - again.keys():
+            now = self._clock()
+            for name, count in (
+                ("stored", delivered.stored), ("set_aside", delivered.set_aside), ("lost", delivered.lost)
+            ):  # fmt: skip
+                self._counts[name] += count
+            passed = {item.operation.schema for item in delivered.settled}
+            for schema in passed - delivered.waiting.keys():
                 self._parking.release(schema)
-            for waiting in again.values():
-                self._parking.park(waiting, self._clock(), flush)
+            for schema, waiting in delivered.waiting.items():
+                self._parking.park(waiting, now, flush, others_passed=schema in passed)
+            if delivered.waiting:
+                # A lock is waited for, and many tenants may be locked: the others get as much of the time as these.
+                self._parked_rest_until = now + (now - began)
             if self._flush != flush:
                 self._parking.expedite()  # somebody has begun to wait since, perhaps because it is mended
-            self._settle(settled)
+            self._settle(delivered.settled)
             self._in_flight = []
-
-    def _to_record(self, operation: Operation) -> AuditRecord | None:
-        try:
-            return operation if isinstance(operation, AuditRecord) else to_record(operation)
-        except Exception as error:  # a mistake in there must cost one record, not all of them
-            self._troubles.report("record", f"an operation could not become a record ({type(error).__qualname__})")
-            return None
 
     def _settle(self, items: Sequence[Numbered]) -> None:
         self._backlog.settle([item.operation for item in items])
@@ -363,11 +321,3 @@ class Writer:
             return True
         under_way = self._taken < goal or (self._in_flight and self._in_flight[0].number < goal)
         return not under_way and self._parking.all_failed_for(flush, goal)
-
-
-def _waits_for_postgres(reason: str) -> str:
-    return f"audit records wait for Postgres: {reason}"
-
-
-def _waits_for_table(schema: str, fault: object) -> str:
-    return f"audit records of schema {schema!r} wait: {fault}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from astrocyte_otel_audit.errors import ConfigurationError
+from astrocyte_otel_audit.errors import ConfigurationError, DatabaseUnavailableError
 
 #: What libpq waits for, where the DSN doesn't say: without these a network that swallows packets is waited for
 #: without end. Seconds, but for tcp_user_timeout, which is in milliseconds.
@@ -25,7 +26,11 @@ _PATIENCE: dict[str, int | str] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
     "application_name": "astrocyte-otel-audit",
+    # Not what PGCLIENTENCODING or the database would make it: records may hold any character.
+    "client_encoding": "UTF8",
 }
+#: Parts of a DSN that libpq and psycopg look at only when they connect, and that are nothing but numbers.
+_NUMBERS = ("port", "connect_timeout", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout")
 
 
 class Connections(Protocol):
@@ -65,6 +70,11 @@ class OwnConnection:
                 "can't be parsed; accepted is postgresql://user:password@host:port/database (with special characters "
                 "of the password percent-encoded) or key=value pairs",
             ) from None
+        for name in _NUMBERS:
+            # One for each host, where there are several; an empty one is the default.
+            for number in str(given.get(name) or "").split(","):
+                if number and not (number.isascii() and number.strip().lstrip("-").isdigit()):
+                    raise ConfigurationError("dsn", f"its {name} is {number!r}; accepted is a whole number")
         self._lock = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
 
@@ -117,16 +127,26 @@ class PooledConnections:
                 "(an async or asyncpg pool can't be used from a thread: give a dsn instead)",
             )
         self._pool: ConnectionPool[Any] = pool
+        self._process = os.getpid()
 
     def connection(self) -> Any:
-        """Lend a connection of the pool."""
+        """Lend a connection of the pool.
+
+        Raises:
+            DatabaseUnavailableError: in a forked child. Two processes on one socket get each other's answers.
+        """
+        if os.getpid() != self._process:
+            raise DatabaseUnavailableError(
+                "the lent pool was made before this process was forked, and can't be used in it; "
+                "call configure_audit() in each process, or give it a dsn in place of the pool"
+            )
         return self._pool.connection()
 
     def close(self) -> None:
         """Do nothing: the pool is the application's."""
 
     def after_fork(self) -> None:
-        """Do nothing: a pool must be opened after a fork, by the application."""
+        """Do nothing: the pool is the parent's, and refused in a child."""
 
 
 def dsn_of_pool(pool: object) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import json
 import re
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -90,9 +92,19 @@ def json_text(payload: Any) -> str:
     return encoded.decode()
 
 
-def record_text(record: AuditRecord) -> str:
-    """Return a whole record as JSON, for the side table and for a person."""
-    return _encode(record._asdict()).decode()
+def side_row(record: AuditRecord, reason: str, sqlstate: str | None) -> tuple[str | None, ...]:
+    """Return the row of the side table for a record that its table refuses. It takes whatever a record may hold.
+
+    The record is JSON in ASCII, since what is refused may be a character that the database's encoding doesn't know.
+    A record whose id is no UUID gets one that is made from it.
+    """
+    whole = json.dumps(orjson.loads(_encode(record._asdict())))
+    action = record.action if isinstance(record.action, str) else type(record.action).__name__
+    try:
+        row_id = uuid.UUID(record.id)
+    except Exception:  # whatever its type is
+        row_id = uuid.uuid5(uuid.NAMESPACE_OID, whole)
+    return str(row_id), text(action).encode("ascii", "replace").decode(), reason, sqlstate, whole
 
 
 def _encode(payload: Any) -> bytes:

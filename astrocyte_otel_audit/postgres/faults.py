@@ -38,8 +38,8 @@ class Fault(NamedTuple):
 _RETRY, _PARK, _SET_ASIDE = FaultClass.RETRY, FaultClass.PARK, FaultClass.SET_ASIDE
 
 _NO_RIGHT: Final = (
-    "a right is missing; GRANT the role USAGE on the schema, and on the table INSERT to write or SELECT to read; "
-    "migrating needs CREATE on the schema and the table's owner"
+    "a right is missing; GRANT the role USAGE on the schema, and on the table and on its side table <table>_set_aside "
+    "INSERT to write or SELECT to read; migrating needs CREATE on the schema and the table's owner"
 )
 
 #: Postgres says so of a table in a missing schema too.
@@ -53,6 +53,8 @@ _BY_SQLSTATE: Final[dict[str, tuple[FaultClass, str]]] = {
     "08": (_RETRY, "the connection broke"),
     "22": (_SET_ASIDE, "a value can't be stored in its column"),
     "23": (_SET_ASIDE, "a constraint of the table refuses the record"),
+    # Its own entry where it comes without a constraint's name, see `classify`.
+    "no partition": (_PARK, "no partition of the table takes the record's start; attach one, or a DEFAULT partition"),
     "25006": (_RETRY, "the server is read-only, as a standby is; point the DSN at the primary"),
     "25P03": (_RETRY, "the server ended the session, as its transaction was idle for too long"),
     "25P04": (_RETRY, "the server ended the session, as its transaction took too long"),
@@ -106,22 +108,40 @@ _BY_MESSAGE: Final[tuple[tuple[str, str], ...]] = (
 )
 
 
+#: What migrating can mend: a schema, a table or a column that isn't there.
+MENDED_BY_MIGRATING: Final = frozenset({"3F000", "42P01", "42703"})
+
+
 def classify(error: BaseException) -> Fault:
-    """Return the class of an error that writing or reading raised, with a reason that is safe to show."""
+    """Return the class of an error that a statement raised, with a reason that is safe to show.
+
+    For an error of connecting, before there was a statement, see `connection_fault`.
+    """
     sqlstate = getattr(error, "sqlstate", None)
     if isinstance(sqlstate, str):
+        if sqlstate == "23514" and isinstance(error, psycopg.Error) and error.diag.constraint_name is None:
+            return Fault(*_BY_SQLSTATE["no partition"], sqlstate)
         for length in (5, 2):
             if (found := _BY_SQLSTATE.get(sqlstate[:length])) is not None:
                 return Fault(*found, sqlstate)
         return Fault(_PARK, "Postgres refuses the statement; see the SQLSTATE", sqlstate)
-    if isinstance(error, (PoolClosed, PoolTimeout, TooManyRequests)):
-        return Fault(_RETRY, "the lent pool gives no connection; is it open, large enough, and is Postgres running?")
-    if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, OSError)):
-        message = str(error).lower()
-        for fragment, reason in _BY_MESSAGE:
-            if fragment in message:
-                return Fault(_RETRY, reason)
-        return Fault(_RETRY, "the connection failed")
-    if isinstance(error, (psycopg.Error, ValueError, TypeError, AttributeError, OverflowError)):
+    if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError, OSError)):
+        return connection_fault(error)
+    if isinstance(error, (psycopg.DataError, ValueError, TypeError, AttributeError, OverflowError)):
         return Fault(_SET_ASIDE, f"the record can't be turned into a statement ({type(error).__name__})")
     return Fault(_PARK, f"an unexpected {type(error).__name__}")
+
+
+def connection_fault(error: BaseException) -> Fault:
+    """Return the fault of a connection that could not be had, or broke: always retry, as no record is to blame."""
+    sqlstate = getattr(error, "sqlstate", None)
+    if isinstance(sqlstate, str):
+        found = _BY_SQLSTATE.get(sqlstate[:5]) or _BY_SQLSTATE.get(sqlstate[:2])
+        return Fault(
+            _RETRY, "the server gives no connection; see the SQLSTATE" if found is None else found[1], sqlstate
+        )
+    if isinstance(error, (PoolClosed, PoolTimeout, TooManyRequests)):
+        return Fault(_RETRY, "the lent pool gives no connection; is it open, large enough, and is Postgres running?")
+    message = str(error).lower()
+    reason = next((reason for fragment, reason in _BY_MESSAGE if fragment in message), None)
+    return Fault(_RETRY, reason or f"the connection failed ({type(error).__name__})")

@@ -9,8 +9,8 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
-from psycopg.rows import tuple_row
 
+from astrocyte_otel_audit.postgres.reader import plain_cursor
 from astrocyte_otel_audit.postgres.statements import migrations, statement
 
 
@@ -58,8 +58,8 @@ def migrate(
 
 @contextmanager
 def _transaction(connection: psycopg.Connection[Any], lock_timeout_seconds: float) -> Iterator[psycopg.Cursor[Any]]:
-    # A lent connection may have rows of another kind.
-    with connection.transaction(), connection.cursor(row_factory=tuple_row) as cursor:
+    with connection.transaction():
+        cursor = plain_cursor(connection)
         cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{max(1, lock_timeout_seconds * 1000):.0f}ms"])
         yield cursor
 

@@ -247,3 +247,61 @@ def test_an_exporter_in_a_stock_processor_has_a_connection_a_process(run, stock)
         """
     )
     assert rows == ["a"] * 20 + ["b"] * 60 + ["c"] * 20 + ["d"] * 20
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_child_of_multiprocessing_writes_what_it_left(database, tmp_path, method):
+    # A spawned child imports its parent's main module, so it has to be a file.
+    script = tmp_path / "program.py"
+    script.write_text(
+        PRELUDE + textwrap.dedent(
+            """
+            import multiprocessing
+
+            processor = configure_audit(dsn=dsn, actions="*", schedule_delay_millis=3_600_000.0)
+
+            if __name__ == "__main__":
+                context = multiprocessing.get_context(sys.argv[2])
+                children = [context.Process(target=emit, args=[f"child-{number}"]) for number in range(3)]
+                for child in children:
+                    child.start()
+                for child in children:
+                    child.join(60)
+                    assert child.exitcode == 0, child.exitcode
+                emit("parent")
+            """
+        )
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", str(script), database, method],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    with psycopg.connect(database) as connection:
+        rows = connection.execute("SELECT bank_id FROM astrocyte_audit_log ORDER BY bank_id").fetchall()
+    assert [bank for (bank,) in rows] == ["child-0", "child-1", "child-2", "parent"]
+
+
+def test_a_lent_pool_is_not_used_in_a_forked_child(run):
+    rows = run(
+        """
+        from psycopg_pool import ConnectionPool
+
+        with ConnectionPool(dsn, min_size=1, max_size=2) as pool:
+            processor = configure_audit(pool=pool, actions="*", schedule_delay_millis=1.0)
+            emit("parent-1")
+            assert processor.force_flush(20_000)
+
+            def child():
+                emit("child")
+                assert not processor.force_flush(500)
+                assert processor.stats()["stored"] == 0
+
+            reap(in_child(child))
+            emit("parent-2")
+            assert processor.force_flush(20_000)
+            provider.shutdown()
+        """
+    )
+    assert rows == ["parent-1", "parent-2"]

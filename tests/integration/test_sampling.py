@@ -6,16 +6,17 @@ import random
 import pytest
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.instrumentation.psycopg import PsycopgInstrumentor
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.id_generator import IdGenerator
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, TraceIdRatioBased
 from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from astrocyte_otel_audit import SpanMapping, audit_operation, audit_scope, audited
+from astrocyte_otel_audit import AuditSampler, SpanMapping, audit_operation, audit_scope, audited
 from astrocyte_otel_audit.postgres import AuditTable
 from tests.servers import emptied_and_migrated, new_database
 
@@ -175,6 +176,28 @@ def test_the_random_bit_of_a_new_trace_is_not_the_sampled_bit(traced, table, rat
     provider.shutdown()
     [row] = rows_at(table, rate)
     assert (row.parent_span_id, row.sampled) == (None, sampled)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [ParentBased(ALWAYS_ON), ParentBased(ALWAYS_OFF), ALWAYS_ON, ALWAYS_OFF],
+    ids=["parent-based, on", "parent-based, off", "on", "off"],
+)
+def test_a_mapping_of_everything_does_not_audit_the_audit(audit, database, table, sampler):
+    mapping = SpanMapping(span_name="*", action="anything")
+    provider = TracerProvider(sampler=AuditSampler(sampler, actions="*", mappings=[mapping]), shutdown_on_exit=False)
+    instrumentor = PsycopgInstrumentor()
+    instrumentor.instrument(tracer_provider=provider)  # first: the connection is opened at once
+    try:
+        processor = audit(dsn=database, tracer_provider=provider, mappings=[mapping])
+        with audit_operation("recall", tracer_provider=provider):
+            pass
+        for _ in range(3):  # each write would otherwise cause another
+            assert processor.force_flush(10_000)
+    finally:
+        instrumentor.uninstrument()
+        provider.shutdown()
+    assert [row.action for row in table.search(limit=100).records] == ["recall"]
 
 
 def test_the_callers_trace_state_travels_on(traced):

@@ -242,13 +242,14 @@ class TestTenants:
         ['tenant_a"."astrocyte_audit_log', "tenant_a.astrocyte_audit_log --", "tenant_a; --", "pg_catalog", "x\x00y"],
     )
     def test_are_never_reached_by_a_crafted_name(self, make_tenant_logger, provider, rows, tenants, table, crafted):
+        make_tenant_logger(lambda: "tenant_a").log(entry(bank_id="honest"))
+        assert [row["bank_id"] for row in rows("tenant_a")] == ["honest"]
         make_tenant_logger(lambda: crafted).log(entry(bank_id="crafted"))
         assert not provider.force_flush()
         [aside] = table.set_aside()
         assert "schema's name" in aside.reason
-        make_tenant_logger(lambda: "tenant_a").log(entry(bank_id="honest"))
-        assert [row["bank_id"] for row in rows("tenant_a")] == ["honest"]
-        assert rows() == rows("Tenant_A") == []
+        assert len(table.search(schema="tenant_a").records) == 1
+        assert table.search().records == table.search(schema="Tenant_A").records == []
 
     def test_are_asked_for_on_the_thread_that_logs(self, make_tenant_logger, rows, tenants):
         asked_on = []

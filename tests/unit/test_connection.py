@@ -51,8 +51,30 @@ def test_a_dsn_that_cant_be_parsed_is_refused_without_its_password(dsn, caplog):
 
 
 @pytest.mark.parametrize(
+    ("dsn", "named"),
+    [
+        ("host=h connect_timeout=10s", "connect_timeout is '10s'"),
+        ("postgresql://h/d?tcp_user_timeout=never", "tcp_user_timeout is 'never'"),
+        ("host=h port=5432x", "port is '5432x'"),
+        ("postgresql://a:1,b:2/d?keepalives_count=1.5", "keepalives_count is '1.5'"),
+        ("host=a,b port=1,two", "port is 'two'"),
+    ],
+)
+def test_a_dsn_whose_numbers_are_none_is_refused_before_anything_runs(dsn, named):
+    with pytest.raises(ConfigurationError, match="accepted is a whole number") as refusal:
+        OwnConnection(dsn)
+    assert named in str(refusal.value)
+
+
+@pytest.mark.parametrize(
     "dsn",
-    ["", "host=h", "postgresql://u:p%40ss@h:5433/d", "postgresql://a:1,b:2/d?target_session_attrs=read-write"],
+    [
+        "",
+        "host=h",
+        "postgresql://u:p%40ss@h:5433/d",
+        "postgresql://a:1,b:2/d?target_session_attrs=read-write",
+        "host=a,b port=1, connect_timeout=-1",
+    ],
 )
 def test_a_dsn_connects_to_nothing_until_a_connection_is_needed(dsn):
     OwnConnection(dsn).close()

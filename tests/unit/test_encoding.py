@@ -10,7 +10,7 @@ from types import MappingProxyType
 import pytest
 
 from astrocyte_otel_audit.postgres import encoding
-from astrocyte_otel_audit.postgres.encoding import columns, json_text, record_text
+from astrocyte_otel_audit.postgres.encoding import columns, json_text, side_row
 from astrocyte_otel_audit.postgres.statements import statement
 from tests.records import bare_record, full_record
 
@@ -152,11 +152,13 @@ def test_there_is_a_column_for_every_placeholder():
     assert len(columns([])) == len(columns([bare_record(), full_record()])) == placeholders
 
 
-def test_the_text_of_a_record_names_every_field():
+def test_the_side_tables_row_names_every_field_of_a_record():
     record = full_record(7, schema="tenant")
 
-    stored = json.loads(record_text(record))
+    row = side_row(record, "it is bad", "P0001")
 
+    assert row[:4] == (record.id, record.action, "it is bad", "P0001")
+    stored = json.loads(row[4])
     assert list(stored) == list(record._fields)
     assert stored["schema"] == "tenant"
     assert stored["request"] == record.request
@@ -165,16 +167,23 @@ def test_the_text_of_a_record_names_every_field():
 
 @pytest.mark.parametrize("changes", [
     {"action": "a\x00\ud800"},
+    {"action": 7},
+    {"id": None},
+    {"id": "no UUID"},
+    {"bank_id": "\u20ac\U0001f9e0"},
     {"request": {"n": 10**5000, "s": "\ud800", "k": {Hostile(): Hostile()}}},
     {"request": cycle(2)},
     {"metadata": nested(5_000)},
     {"started_at": "no datetime"},
 ], ids=lambda changes: next(iter(changes)))  # fmt: skip
-def test_the_text_of_a_broken_record_is_text_that_postgres_takes(changes):
+def test_the_side_tables_row_of_a_broken_record_is_what_any_database_takes(changes):
     broken = full_record(1)._replace(**changes)
 
-    text = record_text(broken)
+    row = side_row(broken, "it is bad", None)
 
-    assert json.loads(text)["id"] == broken.id
-    assert "\x00" not in text
-    text.encode()
+    uuid.UUID(row[0])
+    assert row == side_row(broken, "it is bad", None)  # the same id each time
+    assert row[1].isascii()
+    assert row[4].isascii()
+    assert "\x00" not in row[4]
+    assert json.loads(row[4])["id"] == broken.id

@@ -5,7 +5,7 @@ import pytest
 from psycopg_pool import PoolClosed, PoolTimeout
 
 from astrocyte_otel_audit.postgres import Fault, FaultClass
-from astrocyte_otel_audit.postgres.faults import classify
+from astrocyte_otel_audit.postgres.faults import classify, connection_fault
 
 #: Stands for what an error's own words may quote: a payload, a password, a DSN.
 SECRET = "hunter2-secret"
@@ -41,6 +41,7 @@ RETRY = {
 }
 PARK = {
     "0A000": "feature not supported",
+    "23514": "no constraint's name: no partition takes the row",
     "3F000": "no such schema",
     "42501": "a right is missing",
     "42601": "syntax error",
@@ -63,7 +64,6 @@ SET_ASIDE = {
     "23502": "not null",
     "23503": "foreign key",
     "23505": "unique",
-    "23514": "check",
     "27000": "triggered data change",
     "44000": "check option",
     "54000": "program limit, as of an index entry",
@@ -170,7 +170,6 @@ def test_a_lent_pool_that_gives_no_connection_is_named_as_such(error, reason):
     "error",
     [
         psycopg.DataError(f"PostgreSQL text fields cannot contain NUL: {SECRET}"),
-        psycopg.ProgrammingError(f"cannot adapt type {SECRET}"),
         ValueError(SECRET),
         TypeError(SECRET),
         AttributeError(SECRET),
@@ -187,7 +186,9 @@ def test_a_record_that_makes_no_statement_is_set_aside(error):
     assert SECRET not in str(fault)
 
 
-@pytest.mark.parametrize("error", [RuntimeError(SECRET), KeyError(SECRET), MemoryError(SECRET)], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError(SECRET), KeyError(SECRET), MemoryError(SECRET), psycopg.ProgrammingError(SECRET)], ids=repr
+)
 def test_what_nobody_expected_is_parked_since_nothing_is_lost_by_waiting(error):
     fault = classify(error)
 
@@ -204,3 +205,23 @@ def test_the_words_of_a_failed_connection_are_never_repeated():
     error = psycopg.OperationalError(f'connection to "postgresql://u:{SECRET}@h/d" failed: Connection refused')
 
     assert SECRET not in str(classify(error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        psycopg.ProgrammingError(f"invalid value: {SECRET}"),
+        psycopg.errors.lookup("42501")(SECRET),
+        psycopg.errors.lookup("22023")(SECRET),
+        ValueError(SECRET),
+        UnicodeError(SECRET),
+        RuntimeError(SECRET),
+        PoolTimeout(SECRET),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_record_is_to_blame_where_there_is_no_connection(error):
+    fault = connection_fault(error)
+
+    assert fault.kind is FaultClass.RETRY
+    assert SECRET not in str(fault)

@@ -63,10 +63,10 @@ def test_records_parked_again_wait_in_front_in_their_order(parking):
     parking.park(items(A, 0, 1), now=0.0, flush=0)
     parking.divert(items(A, 2, 3), capacity=10)
     parking.expedite()
-    assert numbers(parking.due(0.0, limit=2)) == [0, 1]
+    assert numbers(parking.due(0.0, limit=4)) == [0, 1]
     parking.park(items(A, 0, 1), now=0.0, flush=0)
     parking.expedite()
-    assert numbers(parking.due(0.0, limit=9)) == [0, 1, 2, 3]
+    assert numbers(parking.due(0.0, limit=16)) == [0, 1, 2, 3]
 
 
 def test_an_attempt_is_due_after_the_backoff_and_not_before(parking):
@@ -85,6 +85,29 @@ def test_pauses_grow_with_every_failure():
         parking.due(1000.0, limit=1)
     assert pauses == sorted(pauses)
     assert pauses[-1] >= 64.0
+
+
+def test_an_attempt_is_half_as_large_with_every_failure_and_twice_with_every_success(parking):
+    parking.park(items(A, *range(64)), now=0.0, flush=0)
+    sizes = []
+    for passes in (False, False, False, False, True, True, True, True):
+        parking.expedite()
+        batch = parking.due(0.0, limit=16)
+        sizes.append(len(batch))
+        if passes:
+            parking.release(A)
+        else:
+            parking.park(batch, now=0.0, flush=0)
+    assert sizes == [8, 4, 2, 1, 1, 1, 2, 4]
+
+
+def test_a_tenant_of_which_others_passed_is_tried_again_soon():
+    parking = Parking(Backoff(1.0, 1000.0))
+    for _ in range(8):
+        parking.park(items(A, 0), now=0.0, flush=0)
+        parking.due(1e9, limit=1)
+    parking.park(items(A, 0), now=0.0, flush=0, others_passed=True)
+    assert parking.next_attempt() <= 1.0
 
 
 def test_while_an_attempt_is_under_way_the_tenant_is_not_due_again(parking):

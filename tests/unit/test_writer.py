@@ -418,6 +418,24 @@ def test_a_tenant_that_is_written_again_is_not_parked_any_more(make, storage):
     assert (stored(storage), writer.stats()["parked"]) == ([0, 1], 0)
 
 
+def test_many_locked_tenants_leave_the_others_their_time(make, storage):
+    seconds = [0.0]
+
+    def wait_for_locks(records):
+        if any(record.schema for record in records):
+            seconds[0] += 5.0  # as a lock's timeout takes
+
+    storage.before_append = wait_for_locks
+    storage.parked = {f"tenant_{number}": NO_TABLE for number in range(20)}
+    # Their next attempt is due as soon as the last one has failed: without an end they could take all of the time.
+    writer = make(batch_size=1, delay_seconds=0.0, parking=AT_ONCE, clock=lambda: seconds[0])
+    for number in range(20):
+        submit(writer, 1, schema=f"tenant_{number}")
+    wait_until(lambda: len(storage.batches) >= 40)  # each has failed
+    submit(writer, 30)
+    wait_until(lambda: len(stored(storage)) == 30)
+
+
 def test_parked_records_beyond_half_the_capacity_are_lost_and_counted(make, storage, caplog):
     storage.parked["a"] = NO_TABLE
     writer = make(parking=NOT_BY_ITSELF, capacity=10, batch_size=2)
@@ -533,29 +551,27 @@ def test_a_flush_is_not_answered_by_an_attempt_that_was_made_before_it(make):
     assert answer == [True]
 
 
-@pytest.mark.parametrize("fate", ["set_aside", "homeless"])
-def test_a_flush_is_false_once_where_a_record_was_refused_whenever_that_was(make, fate):
+def test_a_flush_is_false_for_good_once_a_record_was_set_aside_whenever_that_was(make):
     class Refuses(MemoryStorage):
         refuses = True
 
         def append(self, records):
             if not self.refuses:
                 return super().append(records)
-            return Appended(**{fate: [(record, Fault(FaultClass.SET_ASIDE, "no")) for record in records]})
+            return Appended(set_aside=[(record, Fault(FaultClass.SET_ASIDE, "no")) for record in records])
 
     storage = Refuses()
     writer = make(storage, batch_size=1)
     submit(writer, 1)
     wait_until(lambda: writer.stats()["waiting"] == 0)  # refused before the flush was called
     assert not writer.flush(PATIENCE)
+    storage.refuses = False
     submit(writer, 1, first=1)
+    # Another caller's flush, which has heard of nothing: what it was promised is not in the table either.
     with in_background(writer.flush, NEVER) as answer:
         pass
     assert answer == [False]
-    storage.refuses = False
-    submit(writer, 1, first=2)
-    assert writer.flush(PATIENCE)
-    assert writer.stats()[{"set_aside": "set_aside", "homeless": "lost"}[fate]] == 2
+    assert (writer.stats()["set_aside"], writer.stats()["stored"]) == (1, 1)
 
 
 def test_a_flush_cuts_the_backoff(make, storage):
@@ -606,6 +622,24 @@ def test_a_flush_after_the_stop_is_true_where_all_was_written(make):
     submit(writer, 3)
     writer.stop(PATIENCE)
     assert writer.flush(PATIENCE)
+
+
+def test_a_stop_drains_whatever_its_thread_holds(make, storage):
+    writer = make()
+    submit(writer, 3)
+    with writer._changed:  # as a signal's handler that has interrupted `submit`
+        assert writer.stop(PATIENCE) == 0
+    assert stored(storage) == [0, 1, 2]
+    assert storage.closed
+
+
+def test_a_stop_by_the_writers_own_thread_does_not_wait_for_itself(make, storage):
+    left = []
+    writer = make(batch_size=1)
+    storage.before_append = lambda records: left.append(writer.stop(NEVER))
+    submit(writer, 1)
+    wait_until(lambda: storage.closed)
+    assert left == [1]
 
 
 def test_a_stop_without_the_database_returns_by_its_deadline_and_says_how_many_are_lost(make, storage, caplog):

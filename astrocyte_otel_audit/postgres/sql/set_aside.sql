@@ -1,3 +1,3 @@
 INSERT INTO {set_aside} (id, action, reason, sqlstate, record)
-VALUES (%s, %s, %s, %s, %s)
+SELECT * FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::text[], %s::text[])
 ON CONFLICT DO NOTHING

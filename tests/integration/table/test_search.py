@@ -14,32 +14,14 @@ from psycopg_pool import ConnectionPool
 
 from astrocyte_otel_audit import ConfigurationError
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
-from astrocyte_otel_audit.postgres import AuditTable, Cursor, OwnConnection, PooledConnections
+from astrocyte_otel_audit.postgres import AuditTable, Cursor, OwnConnection, PooledConnections, reader
 from tests.records import BASE, bare_record, full_record, full_records
 from tests.servers import emptied, emptied_and_migrated, new_database, role
 
 SECOND = timedelta(seconds=1)
+EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 #: A table that could not be reached: what it refuses, it refuses before anything runs.
 UNCONNECTED = AuditTable(OwnConnection("host=/nowhere"))
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
-
-
-@pytest.fixture
-def database(module_database):
-    """DSN of the module's database, with a migrated table and nothing else."""
-    return emptied_and_migrated(module_database)
-
-
-@pytest.fixture
-def connection(database):
-    """A superuser's connection, for getting in the way."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
 
 
 def varied_records():
@@ -375,6 +357,20 @@ class TestGet:
         assert table.get(full_record().id, schema="tenant_b") == table.search(schema="tenant_b").records[0]
 
 
+def test_instants_that_no_datetime_can_hold_are_read_as_the_nearest_that_one_can(table, connection):
+    connection.execute(
+        """
+        INSERT INTO astrocyte_audit_log (action, transport, started_at, ended_at)
+        VALUES ('late', 'x', 'infinity', '20000-01-01'), ('early', 'x', '-infinity', '0044-03-15 BC')
+        """
+    )
+
+    late, early = table.search().records
+
+    assert (late.action, late.started_at, late.ended_at) == ("late", LATEST, LATEST)
+    assert (early.action, early.started_at, early.ended_at) == ("early", EARLIEST, EARLIEST)
+
+
 class RecordingCursor(psycopg.Cursor):
     """Keeps the last statement with parameters, which is what a search is."""
 
@@ -393,20 +389,20 @@ def nodes(plan):
 
 
 @pytest.fixture
-def plan(large_database):
+def plan(large_database, monkeypatch):
     """A function from a search's arguments to the nodes of its plan on 20,000 rows."""
-    with (
-        ConnectionPool(large_database, min_size=1, max_size=1, kwargs={"cursor_factory": RecordingCursor}) as pool,
-        psycopg.connect(large_database, autocommit=True) as connection,
-    ):
+    monkeypatch.setattr(reader, "plain_cursor", RecordingCursor)
+    table = AuditTable(OwnConnection(large_database))
+    with psycopg.connect(large_database, autocommit=True) as connection:
 
         def explain(**arguments):
-            AuditTable(PooledConnections(pool)).search(**arguments)
+            table.search(**arguments)
             query, parameters = RecordingCursor.last
             explained = connection.execute(sql.SQL("EXPLAIN (FORMAT JSON) ") + query, parameters)
             return list(nodes(explained.fetchone()[0][0]["Plan"]))
 
         yield explain
+    table.close()
 
 
 class TestPlans:

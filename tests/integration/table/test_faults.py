@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,29 +20,9 @@ from astrocyte_otel_audit.embedded import embedded_postgres
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.postgres import AuditTable, FaultClass, OwnConnection, PooledConnections, dsn_of_pool
 from tests.records import full_record, full_records
-from tests.servers import emptied_and_migrated, new_database
 
 SECRET = "hunter2-secret"
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
-
-
-@pytest.fixture
-def database(module_database):
-    """DSN of the module's database, with a migrated table and nothing else."""
-    return emptied_and_migrated(module_database)
-
-
-@pytest.fixture
-def connection(database):
-    """A superuser's connection, for getting in the way."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -369,6 +350,22 @@ class TestLentPool:
 
         assert connection.execute("SELECT count(*) FROM astrocyte_audit_log").fetchone() == (1,)
 
+    @pytest.mark.parametrize("cursor_factory", [psycopg.ClientCursor, psycopg.RawCursor, psycopg.RawServerCursor])
+    def test_one_whose_connections_make_other_cursors_will_do(self, database, cursor_factory):
+        with ConnectionPool(database, min_size=1, kwargs={"cursor_factory": cursor_factory}) as pool:
+            table = AuditTable(PooledConnections(pool), migrate=True)
+            assert table.append([full_record(1), full_record(2, schema="tenant_a")]).stored == 2
+            assert table.get(full_record(1).id).action == full_record(1).action
+
+    def test_no_statement_is_prepared_on_its_connections(self, database):
+        with ConnectionPool(database, min_size=1, max_size=1, kwargs={"prepare_threshold": 1}) as pool:
+            table = AuditTable(PooledConnections(pool))
+            for number in range(10):
+                table.append([full_record(number)])
+                table.search()
+            with pool.connection() as connection:
+                assert connection.execute("SELECT name FROM pg_prepared_statements").fetchall() == []
+
 
 class TestServerTrouble:
     @pytest.mark.parametrize(
@@ -458,3 +455,16 @@ class TestServerTrouble:
         fault, _ = table.append([full_record()]).parked["public"]
 
         assert (fault.kind, fault.sqlstate) == (FaultClass.PARK, "42804")
+
+    def test_a_migration_on_demand_does_not_wait_long_for_a_lock(self, database, connection):
+        connection.execute("ALTER TABLE astrocyte_audit_log DROP COLUMN outcome")
+        connection.execute("DELETE FROM astrocyte_audit_log_migrations")
+        table = AuditTable(OwnConnection(database), migrate=True)
+        with connection.transaction():
+            connection.execute("LOCK TABLE astrocyte_audit_log IN ROW EXCLUSIVE MODE")  # as any writer does
+            begin = time.monotonic()
+            result = table.append([full_record()])
+            assert time.monotonic() - begin < 15.0
+        assert result.parked["public"][0].sqlstate == "55P03"
+        assert table.append([full_record()]).stored == 1
+        table.close()

@@ -3,33 +3,13 @@
 import json
 from datetime import datetime
 
-import psycopg
 import pytest
 
 from astrocyte_otel_audit import ConfigurationError
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.postgres import AuditTable, OwnConnection
 from tests.records import bare_record, full_record, full_records
-from tests.servers import emptied_and_migrated, new_database, role
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
-
-
-@pytest.fixture
-def database(module_database):
-    """DSN of the module's database, with a migrated table and nothing else."""
-    return emptied_and_migrated(module_database)
-
-
-@pytest.fixture
-def connection(database):
-    """A superuser's connection, for getting in the way."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
+from tests.servers import role
 
 
 @pytest.fixture
@@ -85,7 +65,7 @@ def test_records_full_of_the_unstorable_can_still_be_set_aside(picky_table):
 
     result = picky_table.append([*records, full_record(100)])
 
-    assert (result.stored, result.homeless) == (1, [])
+    assert (result.stored, result.parked) == (1, {})
     rows = picky_table.set_aside()
     assert {row.id for row in rows} == {record.id for record in records}
     assert {json.loads(row.record)["transport"] for row in rows} == {"fax"}

@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 import traceback
+import uuid
 from datetime import UTC, datetime, timedelta, timezone
 from zoneinfo import ZoneInfo
 
@@ -16,7 +17,7 @@ from psycopg_pool import ConnectionPool
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.postgres import AuditTable, FaultClass, OwnConnection, PooledConnections
 from tests.records import BASE, bare_record, full_record, full_records
-from tests.servers import emptied_and_migrated, new_database, role
+from tests.servers import role
 
 SECRET = "hunter2-secret"
 TEXT_FIELDS = [
@@ -45,25 +46,6 @@ NO_SCHEMAS = [
     "ü",
     "1st",
 ]
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
-
-
-@pytest.fixture
-def database(module_database):
-    """DSN of the module's database, with a migrated table and nothing else."""
-    return emptied_and_migrated(module_database)
-
-
-@pytest.fixture
-def connection(database):
-    """A superuser's connection, for looking on and for getting in the way."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
 
 
 @pytest.fixture
@@ -203,7 +185,7 @@ class TestRoundTrip:
     def test_an_empty_batch_stores_nothing(self, table):
         result = table.append([])
 
-        assert (result.stored, result.parked, result.set_aside, result.homeless) == (0, {}, [], [])
+        assert (result.stored, result.parked, result.set_aside) == (0, {}, [])
 
     def test_thousands_of_records_are_one_batch(self, table, connection):
         records = full_records(3_000)
@@ -280,7 +262,7 @@ class TestTenants:
         fault, records = result.parked.pop("tenant_b")
         assert (fault.kind, records) == (FaultClass.PARK, waiting)
         assert "run `astrocyte-otel-audit migrate`" in fault.reason
-        assert (result.parked, result.set_aside, result.homeless) == ({}, [], [])
+        assert (result.parked, result.set_aside) == ({}, [])
 
     def test_names_that_are_no_schemas_are_set_aside_and_never_reach_the_server(self, migrating_table, connection):
         records = [full_record(number, schema=name) for number, name in enumerate(NO_SCHEMAS)]
@@ -444,19 +426,21 @@ class TestBadRows:
         table.append([full_record(action="forget")])
         again = table.append([full_record(action="forget")])
 
-        assert (len(again.set_aside), again.homeless) == (1, [])
+        assert (len(again.set_aside), again.parked) == (1, {})
         assert len(table.set_aside()) == 1
 
-    @pytest.mark.parametrize("changes", [{"id": "no UUID"}, {"action": 7}, {"action": None}], ids=ascii)
-    def test_a_record_that_the_side_table_has_no_place_for_is_handed_back(self, table, changes):
+    @pytest.mark.parametrize("changes", [{"id": "no UUID"}, {"id": None}, {"action": 7}, {"action": None}], ids=ascii)
+    def test_the_side_table_has_a_place_for_whatever_is_no_record(self, table, changes):
         bad = full_record(1, **changes)
 
         result = table.append([full_record(0), bad, full_record(2)])
+        table.append([bad])
 
-        assert (result.stored, result.set_aside) == (2, [])
-        assert [record for record, _ in result.homeless] == [bad]
+        assert (result.stored, result.parked) == (2, {})
+        (kept,) = table.set_aside()
+        assert {name: json.loads(kept.record)[name] for name in changes} == changes
 
-    def test_a_record_that_cant_even_be_set_aside_is_handed_back(self, table, connection):
+    def test_a_record_that_cant_even_be_set_aside_waits(self, table, connection):
         refuse_action(connection, "forget")
         connection.execute("DROP TABLE astrocyte_audit_log_set_aside")
         bad = full_record(1, action="forget")
@@ -464,8 +448,26 @@ class TestBadRows:
         result = table.append([full_record(0), bad, full_record(2)])
 
         assert (result.stored, result.set_aside) == (2, [])
-        ((record, fault),) = result.homeless
-        assert (record, fault.sqlstate) == (bad, "P0001")
+        fault, waiting = result.parked["public"]
+        assert (waiting, fault.sqlstate) == ([bad], "42P01")
+        assert "P0001" in fault.reason
+        assert "can't be set aside: the table does not exist" in fault.reason
+
+    def test_a_record_that_no_partition_takes_waits_for_one(self, empty_database):
+        with psycopg.connect(empty_database, autocommit=True) as connection:
+            table = AuditTable(OwnConnection(empty_database))
+            table.migrate()
+            connection.execute("ALTER TABLE astrocyte_audit_log RENAME TO plain")
+            connection.execute(
+                "CREATE TABLE astrocyte_audit_log (LIKE plain INCLUDING DEFAULTS) PARTITION BY RANGE (started_at)"
+            )
+
+            result = table.append([full_record()])
+            assert "partition" in result.parked["public"][0].reason
+
+            connection.execute("CREATE TABLE rest PARTITION OF astrocyte_audit_log DEFAULT")
+            assert table.append([full_record()]).stored == 1
+            table.close()
 
 
 class TestValuesThatCantBreakARow:
@@ -502,6 +504,31 @@ class TestValuesThatCantBreakARow:
             assert getattr(rows[record.id], field) == mended[text], field
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])
+def test_a_database_of_another_encoding_loses_nothing(server_dsn, encoding):
+    name = f"audit_{encoding.lower()}_{uuid.uuid4().hex[:8]}"
+    with psycopg.connect(server_dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    table = AuditTable(OwnConnection(make_conninfo(server_dsn, dbname=name)))
+    table.migrate()
+    records = [
+        full_record(0),
+        full_record(1, bank_id="Käse", request={"v": "Käse"}),
+        full_record(2, bank_id="🧠", request={"v": "🧠"}),
+    ]
+
+    result = table.append(records)
+
+    assert result.parked == {}
+    kept = {row.id: json.loads(row.record) for row in table.set_aside()}
+    assert stored(table).keys() | kept.keys() == ids(records)
+    assert full_record(0).id in stored(table)
+    assert all(kept[row]["bank_id"] in ("Käse", "🧠") for row in kept)
+    table.close()
+    with psycopg.connect(server_dsn, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name}")
+
+
 class TestRights:
     def test_a_role_that_may_only_insert_can_write(self, database, table):
         with role(database, *WRITES) as dsn:
@@ -524,7 +551,7 @@ class TestRights:
 
         assert ids(table.set_aside()) == {full_record(1).id}
 
-    def test_a_role_that_may_not_set_aside_hands_back(self, database, connection):
+    def test_without_the_right_to_set_aside_a_bad_record_waits(self, database, connection):
         refuse_action(connection, "forget")
 
         with role(database, *WRITES_LOG) as dsn:
@@ -533,7 +560,8 @@ class TestRights:
             writer.close()
 
         assert result.stored == 1
-        assert [record for record, _ in result.homeless] == [full_record(1, action="forget")]
+        fault, waiting = result.parked["public"]
+        assert (waiting, fault.sqlstate) == ([full_record(1, action="forget")], "42501")
 
     @pytest.mark.parametrize("grants", [(), ("USAGE ON SCHEMA public", "SELECT ON astrocyte_audit_log")])
     def test_a_role_that_may_not_insert_is_told_what_to_grant(self, database, grants):
@@ -544,7 +572,7 @@ class TestRights:
 
         fault, records = result.parked["public"]
         assert (fault.kind, fault.sqlstate, records) == (FaultClass.PARK, "42501", full_records(2))
-        assert "GRANT the role USAGE on the schema, and on the table INSERT to write" in fault.reason
+        assert "GRANT the role USAGE on the schema, and on the table and on its side table" in fault.reason
 
 
 class TestCheck:
@@ -580,6 +608,17 @@ class TestCheck:
     def test_checking_creates_what_is_missing_with_leave(self, migrating_table, connection):
         assert migrating_table.check("tenant_b") is None
         assert "tenant_b" in schemas(connection)
+
+    def test_a_missing_side_table_is_a_fault(self, table, connection):
+        connection.execute("DROP TABLE astrocyte_audit_log_set_aside")
+
+        assert table.check().sqlstate == "42P01"
+
+    def test_a_missing_right_to_set_aside_is_a_fault(self, database):
+        with role(database, *WRITES_LOG) as dsn:
+            writer = AuditTable(OwnConnection(dsn))
+            assert writer.check().sqlstate == "42501"
+            writer.close()
 
 
 class TestSecrets:

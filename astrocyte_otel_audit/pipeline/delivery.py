@@ -1,0 +1,111 @@
+"""Delivery: one attempt to bring a batch to the table, what became of each record, and what the log says of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from astrocyte_otel_audit.errors import DatabaseUnavailableError
+from astrocyte_otel_audit.pipeline.backlog import Operation
+from astrocyte_otel_audit.pipeline.captured import to_record
+from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
+from astrocyte_otel_audit.pipeline.parking import Numbered
+from astrocyte_otel_audit.pipeline.troubles import Troubles
+from astrocyte_otel_audit.record import AuditRecord
+
+_logger = logging.getLogger(__name__)
+
+
+class Delivered(NamedTuple):
+    """What became of a batch: each of its operations is in one of the two collections."""
+
+    #: In the table, beside it, or beyond hope.
+    settled: list[Numbered]
+    #: By schema: those whose table can't take them for now.
+    waiting: dict[str | None, list[Numbered]]
+    #: Counts of the settled ones.
+    stored: int
+    set_aside: int
+    lost: int
+
+
+class Delivery:
+    """Makes records of operations and gives them to the exporter. Used by one thread.
+
+    Args:
+        exporter: its `write` takes the records.
+        troubles: says what goes wrong, and when it is over.
+    """
+
+    def __init__(self, exporter: AuditSpanExporter, troubles: Troubles) -> None:
+        self._exporter = exporter
+        self._troubles = troubles
+
+    def look_at_table(self) -> None:
+        """Say what would keep a record from being written, before there is one."""
+        try:
+            fault = self._exporter.check()
+        except DatabaseUnavailableError as unavailable:
+            self._away(str(unavailable))
+        except BaseException as error:  # whatever it is, the first batch will meet it again
+            self._away(f"the audit table can't be looked at ({type(error).__qualname__})")
+        else:
+            schema = self._exporter.default_schema
+            if fault is not None and schema is not None:
+                self._parked(schema, fault)
+
+    def attempt(self, batch: Sequence[Numbered]) -> Delivered | None:
+        """Write a batch once. None means that it has to be given again: Postgres is away. Never raises."""
+        records = [self._to_record(item.operation) for item in batch]
+        try:
+            appended = self._exporter.write([record for record in records if record is not None])
+            waiting_ids = {record.id for _, parked in appended.parked.values() for record in parked}
+            refused_ids = {record.id for record, _ in appended.set_aside}
+        except DatabaseUnavailableError as unavailable:
+            self._away(str(unavailable))
+            return None
+        except BaseException as error:  # a thread that ends here would let the backlog grow in silence
+            self._away(f"an unexpected {type(error).__qualname__}")
+            return None
+        # Said first, so that whoever waits in `flush` finds the reason in the log.
+        self._troubles.clear("database", "audit records are being written again")
+        for schema, (fault, _) in appended.parked.items():
+            self._parked(schema, fault)
+        for schema in appended.schemas - appended.parked.keys():
+            self._troubles.clear(("schema", schema), f"audit records of schema {schema!r} are being written again")
+        with suppress(Exception):  # as in Troubles: a log's handler must not end this thread
+            for record, fault in appended.set_aside:
+                _logger.error("Audit record %s (%r) was set aside: %s.", record.id, record.action, fault)
+        settled: list[Numbered] = []
+        waiting: dict[str | None, list[Numbered]] = {}
+        set_aside = 0
+        for item, made in zip(batch, records, strict=True):
+            if made is not None and made.id in waiting_ids:
+                waiting.setdefault(item.operation.schema, []).append(item)
+            else:
+                settled.append(item)
+                set_aside += made is not None and made.id in refused_ids
+        lost = records.count(None)
+        return Delivered(settled, waiting, len(settled) - set_aside - lost, set_aside, lost)
+
+    def close(self) -> None:
+        """Close the exporter."""
+        try:
+            self._exporter.shutdown()
+        except Exception as error:  # it is over all the same
+            self._troubles.report("close", f"the audit table could not be closed ({type(error).__qualname__})")
+
+    def _to_record(self, operation: Operation) -> AuditRecord | None:
+        try:
+            return operation if isinstance(operation, AuditRecord) else to_record(operation)
+        except Exception as error:  # a mistake in there must cost one record, not all of them
+            self._troubles.report("record", f"an operation could not become a record ({type(error).__qualname__})")
+            return None
+
+    def _away(self, reason: str) -> None:
+        self._troubles.report("database", f"audit records wait for Postgres: {reason}")
+
+    def _parked(self, schema: str, fault: object) -> None:
+        self._troubles.report(("schema", schema), f"audit records of schema {schema!r} wait: {fault}")

@@ -1,0 +1,30 @@
+"""One database a module, emptied for each test: a fresh one each would cost these many tests most of their time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from tests.servers import emptied_and_migrated, new_database
+
+
+@pytest.fixture(scope="module")
+def module_database(server_dsn: str) -> Iterator[str]:
+    """DSN of a database for all tests of a module."""
+    with new_database(server_dsn) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def database(module_database: str) -> str:
+    """DSN of the module's database, with a migrated table and nothing else."""
+    return emptied_and_migrated(module_database)
+
+
+@pytest.fixture
+def connection(database: str) -> Iterator[psycopg.Connection]:
+    """A superuser's connection, for looking on and for getting in the way."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        yield connection
