@@ -41,6 +41,11 @@ _MAX_KNOWN: Final = 1024
 #: Stands for the rest of a mapping that was cut at `max_attributes`.
 TRUNCATED: Final = "[truncated]"
 
+#: Keys that a normalizer has written in place of others, and the one string of its that is no token: a payload that
+#: passes twice, as another emitter's may, is to stay what it is.
+_OWN_KEY = re.compile(r"#[0-9]{1,4}|" + re.escape(TRUNCATED))
+_TIMESTAMP = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{5,15}[+-][0-9]{2}:[0-9]{2}")
+
 #: What Postgres or UTF-8 can't hold: NUL and lone surrogates.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 # As globals: looking a member up on its enum costs more than all else that is done to a number (CPython 3.11).
@@ -245,7 +250,7 @@ class _Walk:
             self.out[path] = kept + "…" if len(text) > settings._max_text else kept
         elif rule is _HASH:
             self.out[path + ".hash"] = settings._digest(text)
-        elif rule is not _TEXT and self._stays(text, rule):
+        elif text == REDACTED or (rule is not _TEXT and self._stays(text, rule)):
             self.out[path] = text
         else:
             self._text(text, path + ".")
@@ -256,8 +261,10 @@ class _Walk:
             self.out[prefix + "hash"] = self._settings._digest(text)
 
     def _stays(self, text: str, rule: Rule) -> bool:
-        if self._settings._strict or TOKEN.fullmatch(text) is None:
+        if self._settings._strict:
             return False
+        if TOKEN.fullmatch(text) is None:
+            return _TIMESTAMP.fullmatch(text) is not None
         return not looks_like_credential(text, is_id=rule is _ID)
 
     def _described(self, items: Any, prefix: str, rule: Rule, depth: int) -> list[Any] | None:
@@ -320,6 +327,8 @@ class _Walk:
             scalar = OMITTED
         if type(scalar) is not str:
             return (str(scalar), _PLAIN) if type(scalar) in (int, bool) else (f"#{position}", _PLAIN)
+        if _OWN_KEY.fullmatch(scalar):
+            return scalar, _PLAIN
         rule = self._settings._decide(scalar[:128], self._action)
         if not TOKEN.fullmatch(scalar) or looks_like_credential(scalar, is_id=False):
             # Where the keys are data, such as questions, the values are too.

@@ -1,18 +1,19 @@
 """What is captured of an ended span on the thread that ends it, and the record that is made of it later.
 
 Capturing copies a handful of facts and decides nothing: it is on the application's time. Everything else, such as
-rebuilding nested payloads, is `to_record`, on the writer's thread.
+rebuilding nested payloads and normalizing those of other emitters, is `to_record`, on the writer's thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from opentelemetry.trace import StatusCode
 
 from astrocyte_otel_audit import attributes
+from astrocyte_otel_audit.memo import Memo
+from astrocyte_otel_audit.normalize import Normalizer
 from astrocyte_otel_audit.record import (
     NO_SCOPE,
     OUTCOMES,
@@ -25,6 +26,10 @@ from astrocyte_otel_audit.record import (
 
 _PAYLOADS: Final = (attributes.REQUEST, attributes.RESPONSE, attributes.METADATA)
 _AUDIT_PREFIX: Final = "astrocyte.audit."
+#: How the keys begin that a record is made of. Other libraries' spans hold more: whole prompts, for one.
+_WIRE: Final = (_AUDIT_PREFIX, "audit.", attributes.ERROR_TYPE, attributes.TRANSPORT)
+#: For payloads of other emitters. What a span can hold, it leaves standing: the span has limits of its own.
+_NORMALIZER: Final = Normalizer(max_depth=16, max_attributes=1024)
 
 
 class Captured(NamedTuple):
@@ -49,7 +54,10 @@ class Captured(NamedTuple):
     service_name: str | None
     #: Attributes that the SDK has dropped; any of them may have been ours.
     dropped: int
+    #: All of the span's that a record can need, and more only if the span is ours.
     attributes: dict[str, Any]
+    #: Whether `emit` made the span, and so normalized its payloads.
+    is_ours: bool
     # What was noted at the start, where it was seen:
     id: str | None = None
     scope: ScopeDefaults | None = None
@@ -63,9 +71,9 @@ def to_record(captured: Captured) -> AuditRecord:
     given = captured.attributes
     payloads: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
     for key, value in given.items():
-        if key.startswith(_AUDIT_PREFIX) and (route := _route(key)) is not None:
+        if key.startswith(_AUDIT_PREFIX) and (route := _route[key]) is not None:
             attributes.unflatten(route[1], value, payloads[route[0]])
-    request, response, metadata = payloads
+    request, response, metadata = payloads if captured.is_ours else map(_normalized, payloads)
     if captured.dropped:
         metadata["dropped_attributes"] = captured.dropped  # the payload may be incomplete
     outcome = _outcome(captured)
@@ -113,26 +121,54 @@ def _filled(outer: AuditRecord, inner: AuditRecord) -> AuditRecord:
 
 
 def _outcome(captured: Captured) -> str:
-    stated = captured.attributes.get(attributes.OUTCOME)
-    if isinstance(stated, str) and stated in OUTCOMES:
+    stated = as_str(captured.attributes.get(attributes.OUTCOME))
+    if stated is not None and stated in OUTCOMES:
         return stated
     if captured.status is StatusCode.ERROR:
         return "failure"
     return "success" if captured.status is StatusCode.OK else captured.unset_outcome
 
 
-@lru_cache(maxsize=4096)
-def _route(key: str) -> tuple[int, str] | None:
-    """Return which payload an attribute belongs to, and its path in there."""
+def _find_route(key: str) -> tuple[int, str] | None:
     found = ((position, key[len(prefix) :]) for position, prefix in enumerate(_PAYLOADS) if key.startswith(prefix))
     return next(found, None)
+
+
+#: Which payload an attribute belongs to, and its path in there.
+_route = Memo(_find_route)
+
+
+def _normalized(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return what may be stored of another emitter's payload.
+
+    What passed these rules before stays as it is, but for a date and the like under a key that holds text: as a string
+    it can't be told from text.
+    """
+    return _NORMALIZER.payload(payload) or {}
 
 
 def _text(value: object) -> str | None:
     if value is None or type(value) is str:
         return value
     # Another emitter's idea of an id. What Postgres can't store of it is the encoder's concern.
-    return str(value) if isinstance(value, (str, int, float)) else type(value).__name__
+    if isinstance(value, (int, float)):
+        return str(value)
+    return as_str(value) if isinstance(value, str) else type(value).__name__
+
+
+def as_str(value: object) -> str | None:
+    """Return a string, out of an enum of strings too, which some SDKs keep; None for anything else."""
+    if type(value) is str:
+        return value
+    return str.__str__(value) if isinstance(value, str) else None
+
+
+_is_wire = Memo[str, bool](lambda key: key.startswith(_WIRE)).__getitem__
+
+
+def wire_of(span_attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes that a record can be made of."""
+    return {key: span_attributes[key] for key in filter(_is_wire, span_attributes)}
 
 
 def exception_type(events: Any) -> object:

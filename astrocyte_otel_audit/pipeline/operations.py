@@ -6,17 +6,17 @@ The outermost span is its row; the inner one fills what that left empty.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from opentelemetry.sdk.trace import ReadableSpan, Span
 from opentelemetry.trace import SpanContext
 
 from astrocyte_otel_audit import attributes
 from astrocyte_otel_audit.pipeline.captured import Captured, to_record
+from astrocyte_otel_audit.pipeline.selection import is_suppressed
 from astrocyte_otel_audit.record import NO_SCOPE, AuditRecord, ScopeDefaults, record_id
 
 _Key: TypeAlias = tuple[int, int]
@@ -39,6 +39,13 @@ class _Open(NamedTuple):
     schema: str | None
     #: Keeps the weak reference, and with it its callback, alive.
     reference: _Reference
+    #: What it has taken in under ``"inner"``, or None there once it has ended. Whoever is first to call `setdefault`
+    #: has it, so nothing can be taken in and lost, and no lock is needed, which garbage collection could run into.
+    slot: dict[Literal["inner"], AuditRecord | None]
+
+    def close(self) -> AuditRecord | None:
+        """Take nothing in any more, and return what was taken in."""
+        return self.slot.setdefault("inner", None)
 
 
 class OpenOperations:
@@ -46,10 +53,8 @@ class OpenOperations:
 
     def __init__(self) -> None:
         self._open: dict[_Key, _Open] = {}
-        self._inner: dict[_Key, AuditRecord] = {}
         #: Taken in by an operation that was then forgotten.
         self._orphans: deque[AuditRecord] = deque()
-        self._lock = threading.RLock()  # reentrant: see Writer
 
     def __len__(self) -> int:
         return len(self._open)
@@ -60,10 +65,10 @@ class OpenOperations:
         context = span.get_span_context()
         reference.key = key = (context.trace_id, context.span_id)
         row = record_id(*key, span.start_time or 0)
-        self._open[key] = _Open(action, row, scope, schema, reference)
+        self._open[key] = _Open(action, row, scope, schema, reference, {})
         return row
 
-    def end(self, span: ReadableSpan, capture: Callable[..., Captured | None]) -> tuple[Captured | AuditRecord, ...]:
+    def end(self, span: ReadableSpan, capture: Callable[..., Captured | None]) -> list[Captured | AuditRecord]:
         """Close an operation and return what is to be written now.
 
         Args:
@@ -74,23 +79,22 @@ class OpenOperations:
             Nothing, where there is nothing to write or the enclosing operation has taken it in; the operation; or
             more, where an inner operation is one that its row would have hidden, or others were never ended.
         """
-        key = _key(span.context)
-        with self._lock:
-            started = self._open.pop(key, None)
-            inner = self._inner.pop(key, None)
+        rows: list[Captured | AuditRecord] = [*self.orphans()] if self._orphans else []
+        started = self._open.pop(_key(span.context), None)
         if started is None:
             captured = capture(span)
+            if captured is not None and attributes.ACTION not in captured.attributes and is_suppressed():
+                captured = None  # not taken at its start, for the same reason
         else:
             captured = capture(span, started.id, None if started.scope is NO_SCOPE else started.scope, started.schema)
-        orphans = self.orphans() if self._orphans else ()
-        if captured is None:
-            return orphans if inner is None else (*orphans, inner)
-        if inner is not None and not _contradicts(captured, inner):
-            captured, inner = captured._replace(inner=inner), None
-        parent = span.parent
-        if parent is not None and not parent.is_remote and self._fold(_key(parent), captured):
-            return orphans if inner is None else (*orphans, inner)
-        return (*orphans, captured) if inner is None else (*orphans, inner, captured)
+            if (inner := started.close()) is not None:
+                if captured is None or _contradicts(captured, inner):
+                    rows.append(inner)
+                else:
+                    captured = captured._replace(inner=inner)
+        if captured is not None and not self._is_taken_in(captured, span.parent):
+            rows.append(captured)
+        return rows
 
     def orphans(self) -> tuple[AuditRecord, ...]:
         """Hand over what was taken in by operations that will never end: rows of their own after all."""
@@ -98,36 +102,35 @@ class OpenOperations:
 
     def abandon(self) -> tuple[AuditRecord, ...]:
         """Hand over all that was taken in by operations that have not ended yet."""
-        with self._lock:
-            inner = tuple(self._inner.values())
-            self._inner.clear()
-        return (*self.orphans(), *inner)
+        inner = [started.slot.pop("inner", None) for started in list(self._open.values())]
+        return (*self.orphans(), *(record for record in inner if record is not None))
 
     def after_fork(self) -> None:
-        """Make it usable in a child: another thread may have held the lock, and what was taken in is the parent's."""
-        self._lock = threading.RLock()
-        self._inner.clear()
+        """Forget in a child what was taken in: it is the parent's."""
+        for started in list(self._open.values()):
+            started.slot.clear()
         self._orphans.clear()
 
-    def _fold(self, parent: _Key, captured: Captured) -> bool:
+    def _is_taken_in(self, captured: Captured, parent: SpanContext | None) -> bool:
         """Let the enclosing operation take this one in, if there is one of the same action, tenant and bank."""
-        with self._lock:
-            outer = self._open.get(parent)
-            if outer is None or outer.action != captured.action or outer.schema != captured.schema:
-                return False
-            # One row can speak for one inner operation. A second one, another bank's, and one whose emitter was
-            # promised its row keep their own, or they would vanish.
-            if parent in self._inner or captured.attributes.get(attributes.REQUIRED) is True:
-                return False
-            if not _same(_bank(captured), _bank_of_open(outer)):
-                return False
-            self._inner[parent] = to_record(captured)
-            return True
+        if parent is None or parent.is_remote:
+            return False
+        outer = self._open.get(_key(parent))
+        if outer is None or outer.action != captured.action or outer.schema != captured.schema:
+            return False
+        # One row can speak for one inner operation. A second one, another bank's, and one whose emitter was
+        # promised its row keep their own, or they would vanish.
+        if outer.slot or captured.attributes.get(attributes.REQUIRED) is True:
+            return False
+        if not _same(_bank(captured), _bank_of_open(outer)):
+            return False
+        record = to_record(captured)
+        return outer.slot.setdefault("inner", record) is record
 
     def _forget(self, reference: weakref.ref[Span]) -> None:
         if isinstance(reference, _Reference):
-            self._open.pop(reference.key, None)
-            if (inner := self._inner.pop(reference.key, None)) is not None:
+            forgotten = self._open.pop(reference.key, None)
+            if forgotten is not None and (inner := forgotten.close()) is not None:
                 self._orphans.append(inner)
 
 

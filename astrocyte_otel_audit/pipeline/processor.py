@@ -77,7 +77,7 @@ class AuditSpanProcessor(SpanProcessor):
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Note an audit span: who acts for which tenant, and, on the span, the id of the row to be."""
         try:
-            action = self._exporter.selection.action_of(span)
+            action = self._exporter.selection.action_of(span, parent_context)
             if action is None:
                 return
             found = get_value(attributes.SCOPE_CONTEXT_KEY, parent_context)

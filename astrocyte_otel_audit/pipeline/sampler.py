@@ -61,7 +61,9 @@ class AuditSampler(Sampler):
         """Return the delegate's decision, or RECORD_ONLY in place of DROP for an audit span."""
         result = self.delegate.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
         try:
-            keep = result.decision is Decision.DROP and self._selection.may_audit(name, kind, attributes)
+            keep = result.decision is Decision.DROP and self._selection.may_audit(
+                name, kind, attributes, parent_context
+            )
         except Exception:  # a name or attributes that no span should have: the application started it all the same
             keep = False
         # A dropping sampler returns no attributes, and the span takes the result's: hand on the caller's.

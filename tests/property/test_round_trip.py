@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC
 from typing import Any
 
 from hypothesis import given, settings
@@ -90,6 +91,35 @@ def test_a_path_of_any_depth_gives_a_payload_of_bounded_depth(segments, value):
         depth += 1
     assert depth <= 16
     assert tree in ({}, value)
+
+
+fields = st.sampled_from(["top_k", "since", "id", "memory_ids", "tags", "a.b", "password"])
+int64s = st.integers(-(2**63), 2**63 - 1)
+texts = (
+    int64s
+    | st.text(max_size=80)
+    | st.binary(max_size=9)
+    | st.sampled_from(["flu", "Calvin's blood pressure", "sk-Wn8vq2LpXz7TfKd4", "[redacted]"])
+    | st.lists(int64s | st.floats(allow_nan=False), max_size=20)
+    | st.lists(st.text(max_size=9), max_size=3)
+)
+others = scalars | texts | st.uuids() | st.datetimes(timezones=st.none() | st.just(UTC)) | st.dates()
+#: As applications hand them in: keys of every rule, and values of every kind. Not a date or an object under a key
+#: that holds text: what stands there as a string later can't be told from a text.
+of_text = st.dictionaries(
+    st.sampled_from(["query", "messages", "what is it", "my password"]),
+    texts | st.dictionaries(fields, texts, max_size=3) | st.lists(st.dictionaries(fields, texts), max_size=3),
+    max_size=4,
+)
+flat = st.dictionaries(fields, others, max_size=6)
+of_anything = flat | of_text | st.dictionaries(fields, flat | of_text | st.lists(flat, max_size=3), max_size=4)
+
+
+@unhurried
+@given(of_anything)
+def test_what_has_passed_the_normalizer_passes_it_unchanged(payload):
+    once = Normalizer().payload(payload)
+    assert Normalizer(max_depth=16, max_attributes=1024).payload(once) == once
 
 
 numbers_by_token = st.dictionaries(

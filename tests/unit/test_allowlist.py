@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from astrocyte_otel_audit.allowlist import Allowlist
@@ -51,6 +53,15 @@ def test_the_answer_is_the_same_the_second_time():
 def test_more_actions_than_it_remembers_get_the_right_answer():
     allowlist = Allowlist(["*7"])
     assert [n for n in range(10_000) if allowlist.allows(f"action-{n}") != (n % 10 == 7)] == []
+
+
+def test_an_action_of_any_length_is_decided_on_and_not_kept():
+    action = "x" * 1_000_000
+    references = sys.getrefcount(action)
+    assert Allowlist(["x*"]).allows(action)
+    allowlist = Allowlist(["x*"])
+    assert allowlist.allows(action)
+    assert sys.getrefcount(action) == references
 
 
 def test_the_list_is_taken_as_it_was_given():

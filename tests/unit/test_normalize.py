@@ -1028,3 +1028,16 @@ def test_every_attribute_is_one_that_any_sdk_keeps(payload):
         assert type(values[0]) in (str, bool, int, float)
         assert type(values[0]) is not float or all(map(math.isfinite, values))
         assert type(values[0]) is not int or all(-(2**63) <= item < 2**63 for item in values)
+
+
+def test_what_a_normalizer_has_left_in_place_of_something_stays_as_it_is():
+    left = {
+        "a": {"b": 1, "[truncated]": True},
+        "#3": {"length": 5},
+        "x": "[redacted]",
+        "since": "2024-01-01T00:00:00+00:00",
+    }
+    assert normal(left) == left
+    assert value_of("[redacted]", "query") == "[redacted]"
+    assert value_of("2024-01-01T00:00:00+00:00", "query") == {"length": 25}
+    assert value_of("2024-01-01T00:00:00+00:00", "since", STRICT) == {"length": 25}

@@ -10,6 +10,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 
 from astrocyte_otel_audit import AuditSpanProcessor, SpanMapping, audit_operation, audit_scope, audited
+from astrocyte_otel_audit.pipeline import captured as captured_module
+from astrocyte_otel_audit.pipeline import operations as operations_module
 
 
 @pytest.fixture(params=[ALWAYS_ON, ALWAYS_OFF], ids=["100%", "0%"])
@@ -286,6 +288,98 @@ def test_what_an_operation_under_way_has_taken_in_is_written_at_the_shutdown(lib
     outer.end()
     assert [row.bank_id for row in storage.records] == ["b"]
     assert processor.stats()["refused_shutdown"] == 1
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Makes something happen while an operation is being taken in by the one around it."""
+
+    def happens(event):
+        def to_record(captured):
+            monkeypatch.undo()
+            event()
+            return captured_module.to_record(captured)
+
+        monkeypatch.setattr(operations_module, "to_record", to_record)
+
+    return happens
+
+
+def test_what_is_taken_in_by_an_operation_that_is_forgotten_meanwhile_is_a_row_of_its_own(
+    library, operation, rows, meanwhile
+):
+    outer = [library.start_span("memory.recall")]
+
+    def forget():
+        outer.clear()
+        gc.collect()
+
+    meanwhile(forget)
+    inner = operation(bank_id="b")
+    with trace.use_span(trace.NonRecordingSpan(outer[0].get_span_context())):
+        inner.start()
+    inner.finish()
+    assert outer == []
+    [row] = rows()
+    assert row.bank_id == "b"
+
+
+def test_what_is_taken_in_by_an_operation_that_ends_meanwhile_is_a_row_of_its_own(library, operation, rows, meanwhile):
+    outer = library.start_span("memory.recall")
+    meanwhile(outer.end)
+    with trace.use_span(outer), operation(bank_id="b"):
+        pass
+    assert sorted(row.bank_id or "" for row in rows()) == ["", "b"]
+
+
+def test_of_two_that_are_taken_in_at_once_both_are_in_the_log(library, operation, rows, meanwhile):
+    outer = library.start_span("memory.recall")
+
+    def another():
+        with operation(request={"part": 2}):
+            pass
+
+    with trace.use_span(outer):
+        meanwhile(another)
+        with operation(request={"part": 1}):
+            pass
+    outer.end()
+    assert sorted(row.request["part"] for row in rows()) == [1, 2]
+
+
+@pytest.mark.parametrize("sampler", [ParentBased(ALWAYS_ON), ParentBased(ALWAYS_OFF), ALWAYS_ON, ALWAYS_OFF])
+def test_spans_of_an_instrumentation_that_cannot_be_suppressed_do_not_audit_the_audit(audit, storage, sampler):
+    provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
+    mapping = SpanMapping(span_name="*", action="anything")
+    processor = audit(storage=storage, tracer_provider=provider, mappings=[mapping])
+    psycopg = provider.get_tracer("psycopg")
+    storage.before_append = lambda records: psycopg.start_span("INSERT").end()
+    with audit_operation("recall", tracer_provider=provider):
+        pass
+    for _ in range(3):  # each write would otherwise cause another
+        assert processor.force_flush(10_000)
+    assert [row.action for row in storage.records] == ["recall"]
+
+
+def test_a_suppressed_instrumentations_span_that_was_not_taken_is_not_audited_at_its_end(audit, storage):
+    provider = TracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False)
+    processor = audit(storage=storage, tracer_provider=provider, mappings=[SpanMapping(span_name="*", action="sql")])
+    token = otel_context.attach(otel_context.set_value(otel_context._SUPPRESS_INSTRUMENTATION_KEY, True))
+    try:
+        provider.get_tracer("psycopg").start_span("SELECT").end()
+        late = provider.get_tracer("theirs").start_span("late")
+        late.set_attribute("audit.action", "recall")
+        late.end()
+    finally:
+        otel_context.detach(token)
+    seen = provider.get_tracer("psycopg").start_span("SELECT")
+    token = otel_context.attach(otel_context.set_value(otel_context._SUPPRESS_INSTRUMENTATION_KEY, True))
+    try:
+        seen.end()
+    finally:
+        otel_context.detach(token)
+    assert processor.force_flush(10_000)
+    assert sorted(row.action for row in storage.records) == ["recall", "sql"]
 
 
 def test_a_remote_parent_takes_nothing_in(operation, rows):

@@ -1,6 +1,7 @@
 """`AuditSampler`: keeps audit spans recording, and leaves everything else to its delegate."""
 
 import pytest
+from opentelemetry import context as otel_context
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, DEFAULT_ON, Decision, Sampler, SamplingResult
 from opentelemetry.trace import SpanKind, TraceState
@@ -25,8 +26,8 @@ class Fixed(Sampler):
         return "Fixed"
 
 
-def ask(sampler, name="anything", kind=SpanKind.INTERNAL, attributes=None):
-    return sampler.should_sample(None, 1, name, kind, attributes, None, None)
+def ask(sampler, name="anything", kind=SpanKind.INTERNAL, attributes=None, context=None):
+    return sampler.should_sample(context, 1, name, kind, attributes, None, None)
 
 
 AUDIT = {"audit.action": "recall", "astrocyte.bank_id": "b"}
@@ -87,6 +88,25 @@ def test_a_span_that_a_mapping_may_want_is_kept_before_its_scope_is_known(name, 
     mapping = SpanMapping(span_name="memory.{action}", scope="memory", kind=SpanKind.SERVER)
     sampler = AuditSampler(ALWAYS_OFF, actions=["recall"], mappings=[mapping])
     assert ask(sampler, name, kind).decision is (Decision.RECORD_ONLY if kept else Decision.DROP)
+
+
+SUPPRESSED = otel_context.set_value(otel_context._SUPPRESS_INSTRUMENTATION_KEY, True)
+
+
+def test_a_span_of_an_instrumentation_that_is_suppressed_is_as_the_delegate_says():
+    sampler = AuditSampler(ALWAYS_OFF, actions="*", mappings=[SpanMapping(span_name="*", action="sql")])
+    assert ask(sampler, "SELECT").decision is Decision.RECORD_ONLY
+    assert ask(sampler, "SELECT", context=SUPPRESSED).decision is Decision.DROP
+    token = otel_context.attach(SUPPRESSED)
+    try:
+        assert ask(sampler, "SELECT").decision is Decision.DROP
+    finally:
+        otel_context.detach(token)
+
+
+def test_an_operation_that_names_its_action_is_kept_where_instrumentation_is_suppressed_too():
+    sampler = AuditSampler(ALWAYS_OFF, actions="*")
+    assert ask(sampler, attributes=AUDIT, context=SUPPRESSED).decision is Decision.RECORD_ONLY
 
 
 def test_the_delegate_is_asked_exactly_what_the_sampler_was_asked():

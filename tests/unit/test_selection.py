@@ -1,11 +1,15 @@
 """Which ended spans become records, and what of a span goes into its record."""
 
+import enum
+import sys
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
+from opentelemetry import context as otel_context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from astrocyte_otel_audit import SpanMapping
@@ -13,6 +17,7 @@ from astrocyte_otel_audit.pipeline.captured import to_record
 from astrocyte_otel_audit.pipeline.selection import Selection
 from astrocyte_otel_audit.record import ScopeDefaults, record_id
 
+OURS, THEIRS = InstrumentationScope("astrocyte_otel_audit"), InstrumentationScope("gateway.js")
 TRACE, SPAN, PARENT = 0x0123456789ABCDEF0123456789ABCDEF, 0xFEDCBA9876543210, 0x1
 START = 1_700_000_000_123_456_789
 
@@ -37,6 +42,7 @@ def ended(
         "context": context(flags=flags),
         "parent": context(PARENT),
         "resource": Resource({"service.name": "memory"}),
+        "instrumentation_scope": OURS,
         "attributes": {**({} if action is None else {"audit.action": action}), **(attributes or {})},
         "status": Status(status),
         "start_time": start,
@@ -108,6 +114,32 @@ def test_the_allowlist_decides_alike_at_the_start_and_at_the_end(actions, attrib
     assert selection.may_audit(span.name, span.kind, span.attributes) is selected
     assert (selection.action_of(span) is not None) is selected
     assert (selection.capture(span) is not None) is selected
+
+
+class Action(str, enum.Enum):  # noqa: UP042 - unlike a StrEnum, its str() is its name
+    RECALL = "recall"
+
+
+@pytest.mark.parametrize("selection", [Selection(["recall"]), Selection("*")])
+def test_an_action_out_of_an_enum_of_strings_is_that_string(provider, selection):
+    span = provider.get_tracer("theirs").start_span("x", attributes={"audit.action": Action.RECALL})
+    assert selection.may_audit("x", None, {"audit.action": Action.RECALL})
+    assert type(selection.action_of(span)) is str
+    span.end()
+    record = record_of(span, selection)
+    assert (record.action, type(record.action)) == ("recall", str)
+
+
+class Word(str, enum.Enum):  # noqa: UP042
+    FAILURE = "failure"
+    SERVICE = "service"
+
+
+def test_what_else_is_out_of_an_enum_of_strings_is_that_string_too():
+    record = record_of(ended({"audit.outcome": Word.FAILURE, "audit.actor.type": Word.SERVICE}))
+    assert [(value, type(value)) for value in (record.outcome, record.actor_type)] == [
+        ("failure", str), ("service", str),
+    ]  # fmt: skip
 
 
 def test_a_span_that_names_its_action_is_not_asked_for_a_mapping():
@@ -227,4 +259,118 @@ def test_a_name_from_data_does_not_make_the_caches_grow_without_end():
     selection = Selection("*", [SpanMapping(span_name="memory.{action}")])
     for number in range(5000):
         selection.may_audit(f"memory.{number}", SpanKind.INTERNAL, None)
-    assert selection._mapped_by_name.cache_info().currsize <= 4096
+    assert len(selection._mapped_by_name) <= 4096
+
+
+PROMPT = "tell me all about " + "x" * 100_000
+RAW = {"gen_ai.input.messages": PROMPT, "hindsight.query": PROMPT, "memory.bank": "b"}
+
+
+def test_of_another_librarys_span_only_what_a_record_needs_is_kept_in_memory():
+    mapping = SpanMapping(span_name="memory.{action}", bank_id=["memory.bank"])
+    wire = {
+        "audit.outcome": "failure",
+        "audit.actor.id": "alice",
+        "error.type": "TimeoutError",
+        "astrocyte.transport": "mcp",
+        "astrocyte.audit.request.top_k": 3,
+        "astrocyte.audit.required": True,
+    }
+    span = ended({**RAW, **wire}, action=None, name="memory.recall", instrumentation_scope=THEIRS)
+    captured = Selection("*", [mapping]).capture(span)
+    assert captured.attributes == wire
+    record = to_record(captured)
+    assert (record.bank_id, record.outcome, record.error_type) == ("b", "failure", "TimeoutError")
+    assert (record.actor_id, record.transport, record.request) == ("alice", "mcp", {"top_k": 3})
+
+
+def test_a_span_that_names_its_action_beside_raw_text_keeps_that_text_out_of_memory_too():
+    captured = Selection("*").capture(ended(RAW, instrumentation_scope=THEIRS))
+    assert captured.attributes == {"audit.action": "recall"}
+
+
+TEXT = "Calvin's blood pressure is rising"
+
+
+@pytest.mark.parametrize("emitter", [THEIRS, None], ids=["another's", "nobody's"])
+def test_payloads_of_another_emitter_pass_the_rules_of_what_may_be_stored(emitter):
+    record = record_of(
+        ended({
+            "astrocyte.audit.request.filter": TEXT,
+            "astrocyte.audit.request.query": "flu",
+            "astrocyte.audit.request.nested.password": "hunter2",
+            "astrocyte.audit.request.pin": 1234,
+            f"astrocyte.audit.request.{TEXT}": True,
+            "astrocyte.audit.response.ids": ("m-1", "m-2"),
+            "astrocyte.audit.response.hits": (TEXT, "flu"),
+            "astrocyte.audit.metadata.model": "gpt-4o-mini",
+            "astrocyte.audit.metadata.key": "sk-Wn8vq2LpXz7TfKd4",
+        }, instrumentation_scope=emitter)
+    )  # fmt: skip
+    assert record.request == {
+        "filter": {"length": 33}, "query": {"length": 3}, "nested": {"password": "[redacted]"}, "pin": "[redacted]",
+        "#4": True,
+    }  # fmt: skip
+    assert record.response == {"ids": ["m-1", "m-2"], "hits": {"count": 2}}
+    assert record.metadata == {"model": "gpt-4o-mini", "key": {"length": 19}}
+
+
+def test_payloads_of_another_emitter_that_asked_the_rules_are_as_it_sent_them():
+    record = record_of(
+        ended({
+            "astrocyte.audit.request.query.length": 12,
+            "astrocyte.audit.request.query.hash": "9f86d081884c7d659a2feaa0c55ad015",
+            "astrocyte.audit.request.password": "[redacted]",
+            "astrocyte.audit.request.messages.count": 3,
+            "astrocyte.audit.request.messages.ids": ("m-1", "m-2"),
+            "astrocyte.audit.request.a.b.c.d.e.length": 7,
+            "astrocyte.audit.request.options.%empty": True,
+            **{f"astrocyte.audit.metadata.k{number}": number for number in range(100)},
+        }, instrumentation_scope=THEIRS)
+    )  # fmt: skip
+    assert record.request == {
+        "query": {"length": 12, "hash": "9f86d081884c7d659a2feaa0c55ad015"},
+        "password": "[redacted]",
+        "messages": {"count": 3, "ids": ["m-1", "m-2"]},
+        "a": {"b": {"c": {"d": {"e": {"length": 7}}}}},
+        "options": {},
+    }
+    assert record.metadata == {f"k{number}": number for number in range(100)}
+
+
+def test_what_a_span_of_ours_keeps_by_a_setting_stays():
+    assert record_of(ended({"astrocyte.audit.request.filter": TEXT})).request == {"filter": TEXT}
+
+
+def test_a_mapped_span_that_starts_where_instrumentation_is_suppressed_is_none_of_ours():
+    selection = Selection("*", [SpanMapping(span_name="*", action="sql")])
+    span = ended(action=None, name="SELECT")
+    suppressed = otel_context.set_value(otel_context._SUPPRESS_INSTRUMENTATION_KEY, True)
+    for context, taken in [(None, True), (otel_context.Context(), True), (suppressed, False)]:
+        assert selection.may_audit("SELECT", SpanKind.CLIENT, {}, context) is taken
+        assert (selection.action_of(span, context) is not None) is taken
+    token = otel_context.attach(suppressed)
+    try:
+        assert not selection.may_audit("SELECT", SpanKind.CLIENT, {})
+        assert selection.action_of(span) is None
+    finally:
+        otel_context.detach(token)
+
+
+def test_an_operation_that_names_its_action_is_audited_where_instrumentation_is_suppressed_too():
+    suppressed = otel_context.set_value(otel_context._SUPPRESS_INSTRUMENTATION_KEY, True)
+    assert Selection("*").may_audit("audit recall", None, {"audit.action": "recall"}, suppressed)
+    assert Selection("*").action_of(ended(), suppressed) == "recall"
+
+
+def test_names_of_any_length_are_decided_on_and_not_kept():
+    selection = Selection("*", [SpanMapping(span_name="memory.{action}")])
+    name = "memory." + "x" * 1_000_000
+    assert selection.may_audit(name, SpanKind.INTERNAL, None)
+    span = ended(action=None, name=name, instrumentation_scope=THEIRS)
+    assert selection.action_of(span) == "x" * 1_000_000
+    key = "astrocyte.audit.request." + "y" * 1_000_000
+    references = sys.getrefcount(name), sys.getrefcount(key)
+    assert record_of(ended({key: 1}, action="x" * 1_000_000), selection).request == {"y" * 1_000_000: 1}
+    assert (len(selection._mapped_by_name), len(selection._mapping_for)) == (0, 0)
+    assert (sys.getrefcount(name), sys.getrefcount(key)) == references
