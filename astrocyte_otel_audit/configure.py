@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider as SDKTracerProvider
-from opentelemetry.trace import ProxyTracerProvider, TracerProvider
+from opentelemetry.trace import NoOpTracer, ProxyTracerProvider, TracerProvider
 
 from astrocyte_otel_audit import attributes, emit, settings
 from astrocyte_otel_audit._version import __version__
@@ -48,8 +48,8 @@ def configure_audit(
     """Set the audit up: the sampler around the provider's own, the processor, its exporter and the table.
 
     Returns at once, whether or not Postgres is there: the connection is made by the processor's thread, which says
-    in the log what keeps it from writing. Call it once, early: a tracer that was handed out before keeps the
-    sampler it had, but for those of this library and of the mappings (and, before SDK 1.42, those too).
+    in the log what keeps it from writing. Call it once, early: nobody notes who acts in operations that have begun
+    before, and before SDK 1.42 a tracer that another library has got already keeps the sampler it had.
 
     Args:
         dsn: connection string of the writer's role. Like every argument it falls back to its environment variable,
@@ -62,7 +62,8 @@ def configure_audit(
             schema of an `audit_scope` goes first.
         table: name of the table.
         migrate: create or upgrade tables, and tenants' schemas, when a record needs them.
-        normalizer: what of a payload may be stored; `Normalizer` has the defaults.
+        normalizer: what of a payload may be stored; `Normalizer` has the defaults. It is the process's: operations
+            don't know which pipeline will take them, so a second one replaces the first, with a warning.
         tracer_provider: where to attach; by default the global one.
         create_provider: make and set a global provider where there is none.
         max_queue_size, schedule_delay_millis, max_export_batch_size, export_timeout_millis: as in
@@ -90,12 +91,19 @@ def configure_audit(
     sizes = {name: settings.resolve(name, size) for name, size in sizes.items()}
     provider = _provider(tracer_provider, create=create_provider)
     processor = AuditSpanProcessor(exporter, **sizes)
-    if normalizer is not None:
-        emit.set_default_normalizer(normalizer)
-    _wrap_sampler(provider, exporter)
-    provider.add_span_processor(processor)
-    _attached.setdefault(provider, []).append(processor)
-    _warn_of_what_leaves_the_log_empty(provider, exporter)
+    try:
+        if normalizer is not None:
+            _normalize_all_by(normalizer)
+        # In this order: a span that only the sampler has seen would be kept for a processor that missed its start,
+        # and so its tenant.
+        provider.add_span_processor(processor)
+        _wrap_sampler(provider, exporter)
+        emit.renew_tracers()
+        _warn_of_what_leaves_the_log_empty(provider, exporter)
+        _attached.setdefault(provider, []).append(processor)
+    except BaseException:
+        processor.shutdown()  # its thread runs already, and nobody else has it
+        raise
     return processor
 
 
@@ -126,6 +134,15 @@ def _provider(given: TracerProvider | None, *, create: bool) -> Any:
     return provider
 
 
+def _normalize_all_by(normalizer: Normalizer) -> None:
+    before = emit.set_default_normalizer(normalizer)
+    if before is not None and before != normalizer:
+        _logger.warning(
+            "A second configure_audit() has replaced the normalizer of the first one, for all operations: it is the "
+            "process's. Give both the same Normalizer, or operations their own, as in @audited('recall', normalizer=…)."
+        )
+
+
 def _wrap_sampler(provider: Any, exporter: AuditSpanExporter) -> None:
     selection = exporter.selection
     sampler = getattr(provider, "sampler", None)
@@ -135,13 +152,17 @@ def _wrap_sampler(provider: Any, exporter: AuditSpanExporter) -> None:
             type(provider).__qualname__,
         )
         return
-    provider.sampler = AuditSampler(sampler, actions=selection.allowlist.actions, mappings=selection.mappings)
-    # A tracer takes its provider's sampler when it is made, and the provider keeps it for the next caller.
-    for scope, version in [(attributes.SCOPE_NAME, __version__), *((m.scope, None) for m in selection.mappings)]:
-        if scope is not None:
-            tracer = provider.get_tracer(scope, version)
-            if getattr(tracer, "sampler", None) is sampler:
-                tracer.sampler = provider.sampler
+    wrapped = AuditSampler(sampler, actions=selection.allowlist.actions, mappings=selection.mappings)
+    provider.sampler = wrapped
+    # A tracer takes its provider's sampler when it is made. Since SDK 1.42 the provider keeps it for the next caller,
+    # and has no public way to ask for all that it keeps: those of scopes that are known can be had in any case.
+    kept = getattr(provider, "_tracers", None)
+    tracers = list(kept.values()) if isinstance(kept, dict) else []
+    tracers.append(provider.get_tracer(attributes.SCOPE_NAME, __version__))
+    tracers += [provider.get_tracer(mapping.scope) for mapping in selection.mappings if mapping.scope is not None]
+    for tracer in tracers:
+        if getattr(tracer, "sampler", None) is sampler:
+            tracer.sampler = wrapped
 
 
 def _warn_of_what_leaves_the_log_empty(provider: Any, exporter: AuditSpanExporter) -> None:
@@ -149,6 +170,11 @@ def _warn_of_what_leaves_the_log_empty(provider: Any, exporter: AuditSpanExporte
         _logger.warning(
             "Nothing is audited: the allowlist is empty. Name actions, as in configure_audit(actions=['retain', "
             "'recall']) or OTEL_ASTROCYTE_AUDIT_ACTIONS=retain,recall, or take '*' for all."
+        )
+    if isinstance(provider.get_tracer(attributes.SCOPE_NAME, __version__), NoOpTracer):
+        _logger.warning(
+            "Nothing is audited: the tracer provider makes no spans. If OTEL_SDK_DISABLED=true is set, unset it; to "
+            "keep traces from being exported, set OTEL_TRACES_SAMPLER=always_off instead, which the audit doesn't mind."
         )
     limits = getattr(provider, "_span_limits", None)  # there is no public way to ask
     count, length = (getattr(limits, name, None) for name in ("max_span_attributes", "max_span_attribute_length"))

@@ -8,8 +8,9 @@ is there: wiring written for upstream works as it is.
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,18 +18,28 @@ from types import TracebackType
 from typing import Any
 
 from opentelemetry import trace
-from opentelemetry.trace import Tracer, TracerProvider
+from opentelemetry.trace import TracerProvider
 
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.allowlist import Allowlist
 from astrocyte_otel_audit.configure import attached_to, configure_audit, dsn_of_pool
-from astrocyte_otel_audit.emit import AuditOperation, audit_scope, tracer_of
+from astrocyte_otel_audit.emit import AuditOperation, audit_scope
 from astrocyte_otel_audit.errors import AuditError
+from astrocyte_otel_audit.pipeline import AuditSpanProcessor
 from astrocyte_otel_audit.record import Outcome, ns_from_datetime
 
 _logger = logging.getLogger(__name__)
-#: One for all loggers, as they may share a provider; reentrant, as a pool_getter is anyone's code.
+#: One for all loggers, as they may share a provider; reentrant, as a handler of what is logged may be anyone's code.
 _setting_up = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _setting_up
+    _setting_up = threading.RLock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass
@@ -87,8 +98,6 @@ class AuditLogger:
         self._retention_days = retention_days
         self._table = settings.SETTINGS["table"].accept(table, "table")
         self._tracer_provider = tracer_provider
-        #: The provider's tracer, once the pipeline is there: asking for it costs more than a span.
-        self._tracer: TracerProvider | Tracer | None = tracer_provider
         self._set_up = False
 
     def is_enabled(self, action: str) -> bool:
@@ -136,7 +145,7 @@ class AuditLogger:
             # An entry made by upstream's class has no such fields.
             actor_id=getattr(entry, "actor_id", None),
             actor_type=getattr(entry, "actor_type", None),
-            tracer_provider=self._tracer,
+            tracer_provider=self._tracer_provider,
             start_ns=start_ns,
         )
 
@@ -156,35 +165,61 @@ class AuditLogger:
     def _ensure_pipeline(self) -> None:
         if self._set_up:
             return
-        provider = self._tracer_provider or trace.get_tracer_provider()
-        with _setting_up:
-            if self._set_up:
-                return
-            if attached_to(provider):
-                self._go()
-                return
+        pool = None
+        if not self._pipelines():
             try:
-                pool = self._pool_getter()
+                pool = self._pool_getter()  # without the lock: it is anyone's code, and may wait for locks of its own
             except Exception as fault:
                 _logger.warning("pool_getter failed (%s); it is asked again.", type(fault).__qualname__)
                 return
             if pool is None:
                 return  # not open yet; asked again at the next entry
-            try:
-                configure_audit(
-                    dsn=dsn_of_pool(pool),
-                    actions=self._allowlist.actions,
-                    table=self._table,
-                    tracer_provider=self._tracer_provider,
-                )
-            except Exception as fault:
-                reason = fault if isinstance(fault, AuditError) else type(fault).__qualname__
-                _logger.error("No audit entry will be written: %s", reason)
-            self._go()
+        with _setting_up:
+            if self._set_up:
+                return
+            pipelines = self._pipelines()
+            if not pipelines:
+                self._configure(pool)
+            self._set_up = True  # last: another thread that sees it goes on without the lock
+        self._warn_of_differences(pipelines)
 
-    def _go(self) -> None:
-        self._tracer = tracer_of(self._tracer_provider)
-        self._set_up = True  # last: another thread that sees it goes on without the lock
+    def _pipelines(self) -> list[AuditSpanProcessor]:
+        return attached_to(self._tracer_provider or trace.get_tracer_provider())
+
+    def _configure(self, pool: object) -> None:
+        try:
+            configure_audit(
+                dsn=dsn_of_pool(pool),
+                actions=self._allowlist.actions,
+                table=self._table,
+                tracer_provider=self._tracer_provider,
+            )
+        except Exception as fault:
+            reason = fault if isinstance(fault, AuditError) else type(fault).__qualname__
+            _logger.error("No audit entry will be written: %s", reason)
+
+    def _warn_of_differences(self, pipelines: Sequence[AuditSpanProcessor]) -> None:
+        """Say where the settings of pipelines that were there already are in effect, and not this logger's own."""
+        if not pipelines:
+            return
+        exporters = [pipeline.exporter for pipeline in pipelines]
+        allowlists = [exporter.selection.allowlist for exporter in exporters]
+        # A glob counts as allowed where another one matches it as a text.
+        missed = [action for action in self._allowlist.actions if not any(one.allows(action) for one in allowlists)]
+        # What is no table has no name.
+        tables = [getattr(exporter.storage, "table", self._table) for exporter in exporters]
+        differences = []
+        if missed:
+            allowed = [action for one in allowlists for action in one.actions]
+            differences.append(f"it does not write the actions {missed}, as it allows {allowed}")
+        if self._table not in tables:
+            differences.append(f"it writes to the table {tables[0]!r}, and not to {self._table!r}")
+        if differences:
+            _logger.warning(
+                "The entries of this AuditLogger go to the audit pipeline that its tracer provider had already: %s. "
+                "Give both the same settings, or this logger a tracer_provider of its own.",
+                "; ".join(differences),
+            )
 
 
 class _Timed:

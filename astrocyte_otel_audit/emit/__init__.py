@@ -1,7 +1,7 @@
 """Making audit spans: what an application calls. Knows the OpenTelemetry API, and nothing of where spans go."""
 
 from astrocyte_otel_audit.emit.decorator import audited
-from astrocyte_otel_audit.emit.operation import AuditOperation, audit_operation, set_default_normalizer, tracer_of
+from astrocyte_otel_audit.emit.operation import AuditOperation, audit_operation, renew_tracers, set_default_normalizer
 from astrocyte_otel_audit.emit.scope import audit_scope, current_scope
 
 __all__ = [
@@ -10,6 +10,6 @@ __all__ = [
     "audit_scope",
     "audited",
     "current_scope",
+    "renew_tracers",
     "set_default_normalizer",
-    "tracer_of",
 ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Mapping
+from types import CoroutineType, MethodType
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
-from opentelemetry.trace import Tracer, TracerProvider
+from opentelemetry.trace import TracerProvider
 
-from astrocyte_otel_audit.emit.operation import AuditOperation, tracer_of
+from astrocyte_otel_audit.emit.operation import AuditOperation
 from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.normalize import Normalizer
 
@@ -38,8 +40,9 @@ def audited(
     """Audit every call of a function or method: sync, async, generator or async generator.
 
     The function keeps its signature, its result and its exceptions. A generator's operation covers the
-    iteration, from the first item asked for to the last, an early ``close()`` included. On a class or static
-    method, either order of the decorators works.
+    iteration, from the first item asked for to the last, an early ``close()`` included. Where a plain function
+    returns a coroutine, the operation ends when that has been awaited (``unknown`` if it never is); any other
+    awaitable is a result like any other. On a class or static method, either order of the decorators works.
 
     Args:
         action: what the call does: ``retain``, ``recall``, ``classify``, …
@@ -79,14 +82,8 @@ def audited(
                 "function", "accepted is a function or a method; decorate a class's methods one by one"
             )
         bind = _binder(function)
-        tracer: Tracer | None = None
 
         def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AuditOperation:
-            nonlocal tracer
-            if tracer is None:
-                # Asked for once, as get_tracer costs more than a span; and not before the first call, since a tracer
-                # may keep the sampler that its provider had when it was made.
-                tracer = tracer_of(tracer_provider)
             arguments = bind(args, kwargs)
             bank = _bank(bank_id, arguments)
             if bank_id is None and request is True:
@@ -98,7 +95,7 @@ def audited(
                 request=_choose(request, arguments),
                 required=required,
                 normalizer=normalizer,
-                tracer_provider=tracer,
+                tracer_provider=tracer_provider,
             )
 
         return cast("Callable[P, R]", _wrap(function, begin, response))
@@ -110,9 +107,9 @@ def _wrap(function: Callable[..., Any], begin: _Begin, response: Response) -> Ca
     # An object that is called like a function is what its __call__ is.
     bodies = (function, getattr(function, "__call__", None))  # noqa: B004 - which is asked for its kind
     if any(map(inspect.isasyncgenfunction, bodies)):
-        return _wrap_async_generator(function, begin, response)
+        return functools.update_wrapper(_GeneratorFunction(_iterate_async, begin, response), function)
     if any(map(inspect.isgeneratorfunction, bodies)):
-        return _wrap_generator(function, begin, response)
+        return functools.update_wrapper(_GeneratorFunction(_iterate, begin, response), function)
     if any(map(inspect.iscoroutinefunction, bodies)):
         return _wrap_coroutine(function, begin, response)
 
@@ -120,10 +117,42 @@ def _wrap(function: Callable[..., Any], begin: _Begin, response: Response) -> Ca
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         with begin(args, kwargs) as operation:
             result = function(*args, **kwargs)
+            if type(result) is CoroutineType:  # it has done nothing yet; what else can be awaited may be under way
+                operation.keep_open()
+                return _finish_when_awaited(operation, result, response)
             operation.response = _choose(response, result)
             return result
 
     return wrapper
+
+
+def _finish_when_awaited(
+    operation: AuditOperation, body: CoroutineType[Any, Any, Any], response: Response
+) -> CoroutineType[Any, Any, Any]:
+    async def go_on() -> Any:
+        error = None
+        try:
+            with operation.current():
+                result = await body
+            operation.response = _choose(response, result)
+            return result
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            never_awaited.detach()
+            operation.finish(error)
+
+    awaited = cast("CoroutineType[Any, Any, Any]", go_on())
+    awaited.__name__, awaited.__qualname__ = body.__name__, body.__qualname__  # Python warns of it by name
+    never_awaited = weakref.finalize(awaited, _finish_unknown, operation, body)
+    return awaited
+
+
+def _finish_unknown(operation: AuditOperation, body: CoroutineType[Any, Any, Any]) -> None:
+    body.close()  # or Python would warn of it too
+    operation.outcome = "unknown"
+    operation.finish()
 
 
 def _wrap_coroutine(function: Callable[..., Any], begin: _Begin, response: Response) -> Callable[..., Any]:
@@ -137,74 +166,88 @@ def _wrap_coroutine(function: Callable[..., Any], begin: _Begin, response: Respo
     return wrapper
 
 
-def _wrap_generator(function: Callable[..., Any], begin: _Begin, response: Response) -> Callable[..., Any]:
+class _GeneratorFunction(functools.partial[Any]):
+    """A decorated generator function, of `_iterate` or `_iterate_async`.
+
+    It makes the undecorated generator when it is called, so that a wrong call raises there, and not at the first
+    item. A function that did so would be no generator function to `inspect`; a partial of one is.
+    """
+
+    __qualname__: str
+    __wrapped__: Callable[..., Any]
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(self.__wrapped__(*args, **kwargs), args, kwargs)
+
+    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Any]:
+        return self if instance is None else MethodType(self, instance)
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # copied and pickled as a function is: by its name
+
+
+def _iterate(
+    begin: _Begin, response: Response, body: Generator[Any, Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Generator[Any, Any, Any]:
     # The span is current only while the body runs: a generator shares its caller's context, and would leak it.
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        operation = begin(args, kwargs)
-        count, closed_early, error = 0, False, None
-        operation.start()
-        try:
-            inner = function(*args, **kwargs)
-            advance: Callable[[Any], Any] = inner.send
-            value: Any = None
-            while True:
+    operation = begin(args, kwargs)
+    count, closed_early, error = 0, False, None
+    operation.start()
+    try:
+        advance: Callable[[Any], Any] = body.send
+        value: Any = None
+        while True:
+            with operation.current():
+                item = advance(value)
+            count += 1
+            try:
+                value = yield item
+                advance, closed_early = body.send, False
+            except BaseException as thrown:  # the consumer's throw() or close(): the body may handle it
+                advance, value, closed_early = body.throw, thrown, isinstance(thrown, GeneratorExit)
+    except StopIteration as stop:
+        return stop.value
+    except BaseException as raised:
+        error = None if closed_early and isinstance(raised, GeneratorExit) else raised
+        raise
+    finally:
+        operation.response = _count(response, count, closed_early)
+        operation.finish(error)
+
+
+async def _iterate_async(
+    begin: _Begin, response: Response, body: AsyncGenerator[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AsyncGenerator[Any, Any]:
+    # The twin of _iterate: the two protocols differ in every call, so they share no code.
+    operation = begin(args, kwargs)
+    count, closed_early, error = 0, False, None
+    operation.start()
+    try:
+        advance: Callable[[Any], Any] = body.asend
+        value: Any = None
+        while True:
+            with operation.current():
+                item = await advance(value)
+            count += 1
+            try:
+                advance, value = body.asend, (yield item)
+            except GeneratorExit:
+                # Not by athrow(): an event loop that ends closes the inner generator too, in any order, and
+                # athrow() on a closed one gives None as if it were an item (CPython 3.11).
+                closed_early = True
                 with operation.current():
-                    item = advance(value)
-                count += 1
-                try:
-                    value = yield item
-                    advance, closed_early = inner.send, False
-                except BaseException as thrown:  # the consumer's throw() or close(): the body may handle it
-                    advance, value, closed_early = inner.throw, thrown, isinstance(thrown, GeneratorExit)
-        except StopIteration as stop:
-            return stop.value
-        except BaseException as raised:
-            error = None if closed_early and isinstance(raised, GeneratorExit) else raised
-            raise
-        finally:
-            operation.response = _count(response, count, closed_early)
-            operation.finish(error)
-
-    return wrapper
-
-
-def _wrap_async_generator(function: Callable[..., Any], begin: _Begin, response: Response) -> Callable[..., Any]:
-    # The twin of _wrap_generator: the two protocols differ in every call, so they share no code.
-    @functools.wraps(function)
-    async def wrapper(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-        operation = begin(args, kwargs)
-        count, closed_early, error = 0, False, None
-        operation.start()
-        try:
-            inner = function(*args, **kwargs)
-            advance: Callable[[Any], Any] = inner.asend
-            value: Any = None
-            while True:
-                with operation.current():
-                    item = await advance(value)
-                count += 1
-                try:
-                    advance, value = inner.asend, (yield item)
-                except GeneratorExit:
-                    # Not by athrow(): an event loop that ends closes the inner generator too, in any order, and
-                    # athrow() on a closed one gives None as if it were an item (CPython 3.11).
-                    closed_early = True
-                    with operation.current():
-                        await inner.aclose()
-                    raise
-                except BaseException as thrown:  # the consumer's athrow(): the body may handle it
-                    advance, value = inner.athrow, thrown
-        except StopAsyncIteration:
-            return
-        except BaseException as raised:
-            error = None if closed_early and isinstance(raised, GeneratorExit) else raised
-            raise
-        finally:
-            operation.response = _count(response, count, closed_early)
-            operation.finish(error)
-
-    return wrapper
+                    await body.aclose()
+                raise
+            except BaseException as thrown:  # the consumer's athrow(): the body may handle it
+                advance, value = body.athrow, thrown
+    except StopAsyncIteration:
+        return
+    except BaseException as raised:
+        error = None if closed_early and isinstance(raised, GeneratorExit) else raised
+        raise
+    finally:
+        operation.response = _count(response, count, closed_early)
+        operation.finish(error)
 
 
 def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:

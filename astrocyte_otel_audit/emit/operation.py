@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from contextvars import Token
 from itertools import islice
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
+from weakref import WeakKeyDictionary
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -20,27 +21,51 @@ from astrocyte_otel_audit._version import __version__
 from astrocyte_otel_audit.emit.scope import as_text, current_scope
 from astrocyte_otel_audit.errors import AuditUnavailableError
 from astrocyte_otel_audit.normalize import Normalizer
-from astrocyte_otel_audit.payload_values import MAX_SCANNED
+from astrocyte_otel_audit.payload_values import MAX_SCANNED, type_name
 from astrocyte_otel_audit.record import NO_SCOPE, OUTCOMES, Outcome, ScopeDefaults
 
 _logger = logging.getLogger(__name__)
 # A proxy until a provider is set, so operations may be defined before telemetry is set up.
 _tracer = trace.get_tracer(attributes.SCOPE_NAME, __version__)
-_default_normalizer = Normalizer()
+#: Those of providers that were given: asking for a tracer costs as much as a span.
+_tracers: WeakKeyDictionary[TracerProvider, Tracer] = WeakKeyDictionary()
+_BUILT_IN = Normalizer()
+_default_normalizer = _BUILT_IN
+#: Key that stands for a payload which a normalizer could not read; its value is the class of the error.
+UNREADABLE: Final = "[unreadable]"
 _FAILED = Status(StatusCode.ERROR)
 
 
-def set_default_normalizer(normalizer: Normalizer) -> None:
-    """Replace the normalizer of all operations that don't bring their own; `configure_audit` calls this."""
+def set_default_normalizer(normalizer: Normalizer) -> Normalizer | None:
+    """Replace the normalizer of all operations that don't bring their own; `configure_audit` calls this.
+
+    Returns:
+        The one that was set before; None if it was the built-in one.
+    """
     global _default_normalizer
-    _default_normalizer = normalizer
+    before, _default_normalizer = _default_normalizer, normalizer
+    return None if before is _BUILT_IN else before
 
 
-def tracer_of(provider: TracerProvider | Tracer | None) -> Tracer:
-    """Return the tracer for audit spans: the global provider's, a given one's, or the one that was asked for before."""
+def renew_tracers() -> None:
+    """Ask for tracers anew; `configure_audit` calls this, as a tracer may keep the sampler that it was made with."""
+    global _tracer, _tracers
+    _tracers = WeakKeyDictionary()  # not cleared: another thread may be about to add an old one
+    _tracer = trace.get_tracer(attributes.SCOPE_NAME, __version__)
+
+
+def _tracer_of(provider: TracerProvider | None) -> Tracer:
+    """Return the tracer for a provider's audit spans, the global provider's for None."""
     if provider is None:
         return _tracer
-    return provider if isinstance(provider, Tracer) else provider.get_tracer(attributes.SCOPE_NAME, __version__)
+    kept = _tracers
+    try:
+        return kept[provider]
+    except KeyError:
+        tracer = kept[provider] = provider.get_tracer(attributes.SCOPE_NAME, __version__)
+        return tracer
+    except TypeError:  # one that can't be a key
+        return provider.get_tracer(attributes.SCOPE_NAME, __version__)
 
 
 def error_type(kind: type[BaseException]) -> str:
@@ -66,12 +91,13 @@ class AuditOperation:
     #: Class of the error, where it isn't that of the exception that left the block.
     error_type: str | None = None
     _given: object = None
-    _normal_request: Mapping[str, Any] = MappingProxyType({})
+    _normal_request: dict[str, Any] | MappingProxyType[str, Any] = MappingProxyType({})
     _span: Span = trace.INVALID_SPAN
     _context: Context | None = None
     _token: Token[Context] | None = None
     _metadata: dict[str, object] | None = None
     _receipt: str | None = None
+    _kept_open = False
 
     def __init__(
         self,
@@ -85,7 +111,7 @@ class AuditOperation:
         metadata: Mapping[str, object] | None = None,
         required: bool = False,
         normalizer: Normalizer | None = None,
-        tracer_provider: TracerProvider | Tracer | None = None,
+        tracer_provider: TracerProvider | None = None,
         start_ns: int | None = None,
     ) -> None:
         # An enum of strings is welcome; on the span, a string is a string.
@@ -104,7 +130,7 @@ class AuditOperation:
         self._made_with = (bank_id, transport, actor_id, actor_type, request, metadata)
         self._required = required
         self._normalizer = normalizer
-        self._tracer = _tracer if tracer_provider is None else tracer_of(tracer_provider)
+        self._tracer_provider = tracer_provider
         self._start_ns = start_ns
 
     @property
@@ -141,7 +167,7 @@ class AuditOperation:
                 initial[attributes.BANK_ID] = as_text(self.bank_id)
             if self._required:
                 initial[attributes.REQUIRED] = True
-            self._span = self._tracer.start_span(
+            self._span = _tracer_of(self._tracer_provider).start_span(
                 attributes.SPAN_NAME_PREFIX + self.action,
                 # Enough for samplers and processors to decide; the rest is set once, at the end.
                 attributes=initial,
@@ -154,7 +180,9 @@ class AuditOperation:
             receipt = (getattr(self._span, "attributes", None) or {}).get(attributes.RECORD_ID)
             self._receipt = receipt if isinstance(receipt, str) else None
             if self.request is not None and self._span.is_recording():
-                self._given, self._normal_request = self.request, self._normal(self.request, attributes.REQUEST)
+                normal: dict[str, Any] = {}
+                self._add(normal, self.request, attributes.REQUEST)
+                self._given, self._normal_request = self.request, normal
         except Exception as fault:
             self._span = trace.INVALID_SPAN
             _not_audited("start", self.action, fault)
@@ -192,13 +220,14 @@ class AuditOperation:
             _logger.warning("An audit outcome is success, failure or unknown; another value reads as unknown.")
             outcome = "unknown"
         if self.request is self._given:
-            final = dict(self._normal_request)
+            final = self._normal_request.copy()
         else:
-            final = self._normal(self.request, attributes.REQUEST)
+            final = {}
+            self._add(final, self.request, attributes.REQUEST)
         if self.response is not None:
-            final.update(self._normal(self.response, attributes.RESPONSE))
+            self._add(final, self.response, attributes.RESPONSE)
         if self._metadata:
-            final.update(self._normal(self._metadata, attributes.METADATA))
+            self._add(final, self._metadata, attributes.METADATA)
         final[attributes.OUTCOME] = outcome
         if outcome == "failure":
             span.set_status(_FAILED)
@@ -216,6 +245,10 @@ class AuditOperation:
             if attributes.ERROR_TYPE in final:
                 vital[attributes.ERROR_TYPE] = final[attributes.ERROR_TYPE]
             span.set_attributes(vital)
+
+    def keep_open(self) -> None:
+        """Leave the span open when the block ends without an exception: `finish` is called later."""
+        self._kept_open = True
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -248,7 +281,8 @@ class AuditOperation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._pause()
-        self.finish(error)
+        if error is not None or not self._kept_open:
+            self.finish(error)
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -263,6 +297,7 @@ class AuditOperation:
         self.metadata = {} if metadata is None else metadata
         self.response = self.outcome = self.error_type = self._context = self._given = None
         self._normal_request = {}
+        self._kept_open = False
 
     def _take_defaults(self, scope: ScopeDefaults) -> None:
         if self.bank_id is None:
@@ -286,8 +321,18 @@ class AuditOperation:
         if self._required:
             known[attributes.REQUIRED] = True
 
-    def _normal(self, payload: object, prefix: str) -> dict[str, Any]:
-        return (self._normalizer or _default_normalizer).attributes(payload, prefix, self.action)
+    def _add(self, known: dict[str, Any], payload: object, prefix: str) -> None:
+        try:
+            normalizer = _default_normalizer if self._normalizer is None else self._normalizer
+            known.update(normalizer.attributes(payload, prefix, self.action))
+        except Exception as fault:  # somebody's own subclass: the operation is audited, and says what is missing
+            known[prefix + UNREADABLE] = type_name(fault)
+            _logger.warning(
+                "A payload of %r could not be normalized (%s): its record says %s in its place.",
+                self.action,
+                type(fault).__qualname__,
+                UNREADABLE,
+            )
 
 
 def _not_audited(moment: str, action: str, fault: Exception) -> None:

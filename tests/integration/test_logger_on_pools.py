@@ -21,6 +21,7 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from astrocyte_otel_audit import AuditEntry, AuditLogger
+from astrocyte_otel_audit.configure import attached_to
 from astrocyte_otel_audit.postgres import AuditTable, OwnConnection
 
 
@@ -108,15 +109,9 @@ class TestThePool:
             audit_log.log(entry(f"bank-{number}"))
         assert banks() == ["bank-2", "bank-3", "bank-4"]
 
-    def test_is_asked_for_by_one_of_many_threads(self, make_logger, banks, database):
-        asked = []
+    def test_may_be_asked_for_by_many_threads_and_is_used_once(self, make_logger, provider, banks, database):
         barrier = threading.Barrier(8)
-
-        def get_pool():
-            asked.append("pool")
-            return ConnectionPool(database, open=False)
-
-        audit_log = make_logger(get_pool)
+        audit_log = make_logger(lambda: ConnectionPool(database, open=False))
 
         def work(number):
             barrier.wait()
@@ -125,7 +120,7 @@ class TestThePool:
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(work, range(8)))
         assert sorted(banks()) == [f"bank-{number}" for number in range(8)]
-        assert asked == ["pool"]
+        assert len(attached_to(provider)) == 1
 
     def test_says_how_to_connect_by_its_keywords_too(self, make_logger, banks, database):
         given = conninfo_to_dict(database)
@@ -280,6 +275,17 @@ class TestTheTable:
         pool = ConnectionPool(database, open=False)
         make_logger(lambda: pool, allowed_actions=None).log(entry("bank-1", "consolidate"))
         assert banks() == ["bank-1"]
+
+    def test_is_that_of_the_first_logger_and_the_second_one_says_so(self, make_logger, banks, database, caplog):
+        pool = ConnectionPool(database, open=False)
+        make_logger(lambda: pool).log(entry("first"))
+        second = make_logger(lambda: pool, table="memory_audit", allowed_actions=["recall", "forget"])
+        for action in ("recall", "forget"):
+            second.log(entry("second", action))
+        assert banks() == ["first", "second"]
+        [warning] = [record.getMessage() for record in caplog.records if "AuditLogger" in record.getMessage()]
+        assert "the actions ['forget']" in warning
+        assert "to the table 'astrocyte_audit_log', and not to 'memory_audit'" in warning
 
 
 class TestTheSchema:

@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.sampling import Sampler
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
+import astrocyte_otel_audit
 from astrocyte_otel_audit import (
     AuditEntry,
     AuditError,
@@ -36,6 +37,10 @@ from astrocyte_otel_audit import (
 
 class Action(StrEnum):
     RETAIN = "retain"
+
+
+# A name that is not there is an error, although the others are imported late.
+misspelt = astrocyte_otel_audit.audit_operations  # type: ignore[attr-defined]
 
 
 # A decorated function keeps its signature.

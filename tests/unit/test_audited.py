@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import enum
+import gc
 import inspect
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import Sampler
 from opentelemetry.trace import NoOpTracerProvider, get_current_span
 
+import astrocyte_otel_audit
 from astrocyte_otel_audit import AuditRecord, AuditUnavailableError, ConfigurationError, Normalizer, audit_scope
 from astrocyte_otel_audit import audited as audited_globally
 
@@ -515,6 +517,87 @@ class TestTraces:
         assert get_current_span() is before
 
 
+class TestACoroutineFromAPlainFunction:
+    @pytest.fixture
+    def recall(self, audited):
+        async def body(top_k):
+            assert get_current_span().is_recording()
+            await asyncio.sleep(0)
+            if top_k < 0:
+                raise LookupError
+            return {"hits": top_k}
+
+        @audited("recall")
+        def recall(top_k):
+            return body(top_k)
+
+        return recall
+
+    async def test_is_one_operation_until_it_has_been_awaited(self, recall, recorded):
+        before = get_current_span()
+        awaitable = recall(3)
+        assert inspect.iscoroutine(awaitable)
+        assert get_current_span() is before
+        assert recorded() == []
+        assert await awaitable == {"hits": 3}
+        assert get_current_span() is before
+        [record] = recorded()
+        assert (record.outcome, record.request, record.response) == ("success", {"top_k": 3}, {"hits": 3})
+
+    async def test_fails_as_it_does(self, recall, recorded):
+        with pytest.raises(LookupError):
+            await asyncio.create_task(recall(-1))
+        assert [(record.outcome, record.error_type) for record in recorded()] == [("failure", "LookupError")]
+
+    def test_may_be_refused_by_the_plain_part(self, audited, recorded):
+        @audited("recall")
+        def recall():
+            raise LookupError
+
+        with pytest.raises(LookupError):
+            recall()
+        assert [record.outcome for record in recorded()] == ["failure"]
+
+    async def test_may_be_cancelled(self, audited, recorded):
+        waits = asyncio.Event()
+
+        async def body():
+            waits.set()
+            await asyncio.Event().wait()
+
+        task = asyncio.ensure_future(audited("recall")(lambda: body())())
+        await waits.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [(record.outcome, record.error_type) for record in recorded()] == [
+            ("failure", "asyncio.exceptions.CancelledError")
+        ]
+
+    def test_that_is_never_awaited_has_an_unknown_outcome(self, recall, recorded):
+        with pytest.warns(RuntimeWarning, match=r"body' was never awaited"):
+            recall(3)
+        [record] = recorded()
+        assert (record.outcome, record.request, record.response) == ("unknown", {"top_k": 3}, None)
+        assert record.ended_at is not None
+
+    async def test_may_be_cancelled_before_it_has_begun(self, recall, recorded):
+        task = asyncio.create_task(recall(3))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        del task
+        await asyncio.sleep(0)  # the loop, too, has a reference to it until then
+        gc.collect()
+        assert [record.outcome for record in recorded()] == ["unknown"]
+
+    async def test_gives_any_other_awaitable_as_it_is(self, audited, recorded):
+        task = asyncio.ensure_future(asyncio.sleep(0))
+        assert audited("recall")(lambda: task)() is task
+        assert [record.outcome for record in recorded()] == ["success"]
+        await task
+
+
 def _sync():
     """Say what it does."""
 
@@ -718,6 +801,37 @@ print(recall("what is due?"))
 """
         finished = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
         assert (finished.returncode, finished.stdout, finished.stderr) == (0, "done\n", "")
+
+
+class TestTheImport:
+    def test_of_what_only_emits_loads_neither_the_sdk_nor_psycopg(self):
+        program = """
+import sys
+import astrocyte_otel_audit
+assert "opentelemetry" not in sys.modules
+from astrocyte_otel_audit import audit_operation, audit_scope, audited
+print([name for name in ("opentelemetry.sdk", "psycopg", "psycopg_pool", "orjson") if name in sys.modules])
+"""
+        finished = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+        assert (finished.returncode, finished.stdout, finished.stderr) == (0, "[]\n", "")
+
+    def test_of_all_names_gives_them(self):
+        program = """
+import astrocyte_otel_audit
+listed = dir(astrocyte_otel_audit)
+assert listed == sorted(listed) and set(astrocyte_otel_audit.__all__) <= set(listed)
+from astrocyte_otel_audit import *
+assert all(name in globals() for name in astrocyte_otel_audit.__all__)
+from astrocyte_otel_audit import logger, settings
+assert AuditLogger is logger.AuditLogger
+"""
+        finished = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+        assert (finished.returncode, finished.stderr) == (0, "")
+
+    def test_of_a_name_that_is_not_there_is_refused_as_ever(self):
+        with pytest.raises(ImportError, match="cannot import name 'audit'"):
+            from astrocyte_otel_audit import audit  # noqa: F401
+        assert not hasattr(astrocyte_otel_audit, "audit")
 
 
 class _RaisingSampler(Sampler):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from astrocyte_otel_audit import (
     Normalizer,
     SpanMapping,
     audit_operation,
+    audit_scope,
     audited,
     configure_audit,
     emit,
@@ -83,7 +85,6 @@ def test_the_providers_sampler_is_wrapped_with_the_same_actions_and_mappings(dro
     assert dropping.sampler.selection.mappings == (mapping,)
 
 
-@needs_kept_tracers
 def test_a_tracer_of_ours_that_was_handed_out_before_gets_the_sampler(dropping, storage):
     @audited("recall", tracer_provider=dropping)
     def recall():
@@ -96,9 +97,11 @@ def test_a_tracer_of_ours_that_was_handed_out_before_gets_the_sampler(dropping, 
 
 
 @needs_kept_tracers
-def test_a_tracer_of_a_mapped_scope_that_was_handed_out_before_gets_the_sampler(dropping, storage):
-    tracer = dropping.get_tracer("memory")
-    mapping = SpanMapping(span_name="memory.{action}", scope="memory")
+@pytest.mark.parametrize("scope", ["memory", None], ids=["of the mapping's scope", "of any scope"])
+@pytest.mark.parametrize("arguments", [(), ("1.2",), ("1.2", "https://schema", {"a": 1})], ids=len)
+def test_a_mapped_library_s_tracer_that_was_handed_out_before_gets_the_sampler(dropping, storage, scope, arguments):
+    tracer = dropping.get_tracer("memory", *arguments)
+    mapping = SpanMapping(span_name="memory.{action}", scope=scope)
     processor = configure_audit(storage=storage, actions="*", mappings=[mapping], tracer_provider=dropping)
     tracer.start_span("memory.recall").end()
     assert rows_after(processor, storage) == ["recall"]
@@ -136,6 +139,9 @@ def test_a_provider_whose_sampler_cannot_be_wrapped_is_used_as_it_is_and_warned_
     class Wrapper:
         """As another vendor's provider is: it takes processors, and keeps its sampler to itself."""
 
+        def get_tracer(self, *arguments):
+            return trace.ProxyTracer(*arguments)
+
         def add_span_processor(self, processor):
             self.processor = processor
 
@@ -148,18 +154,102 @@ def test_a_provider_whose_sampler_cannot_be_wrapped_is_used_as_it_is_and_warned_
     processor.shutdown()
 
 
-def test_the_normalizer_becomes_the_default_one(provider, storage):
-    before = emit.operation._default_normalizer
-    try:
-        processor = configure_audit(
-            storage=storage, actions="*", tracer_provider=provider, normalizer=Normalizer(keep={"note"})
-        )
-        with audit_operation("recall", request={"note": "two words"}, tracer_provider=provider):
-            pass
-        assert processor.force_flush(10_000)
-        assert storage.records[0].request == {"note": "two words"}
-    finally:
-        emit.set_default_normalizer(before)
+@pytest.fixture
+def built_in_normalizer(monkeypatch):
+    """No normalizer was set yet, and the one that a test sets goes with it."""
+    monkeypatch.setattr(emit.operation, "_default_normalizer", emit.operation._BUILT_IN)
+
+
+@pytest.mark.usefixtures("built_in_normalizer")
+def test_the_normalizer_becomes_the_default_one(provider, storage, said):
+    processor = configure_audit(
+        storage=storage, actions="*", tracer_provider=provider, normalizer=Normalizer(keep={"note"})
+    )
+    with audit_operation("recall", request={"note": "two words"}, tracer_provider=provider):
+        pass
+    assert processor.force_flush(10_000)
+    assert storage.records[0].request == {"note": "two words"}
+    assert said() == []
+
+
+@pytest.mark.usefixtures("built_in_normalizer")
+def test_another_normalizer_replaces_the_first_one_with_a_warning(provider, dropping, said):
+    normalizer = Normalizer(keep={"note"})
+    for another in (normalizer, None, normalizer):
+        configure_audit(storage=MemoryStorage(), actions="*", tracer_provider=dropping, normalizer=another)
+    assert said() == []
+    configure_audit(storage=MemoryStorage(), actions="*", tracer_provider=provider, normalizer=Normalizer(strict=True))
+    [warning] = said()
+    assert "has replaced the normalizer of the first one" in warning
+
+
+class Watched(TracerProvider):
+    """Runs a function when a processor is attached, before or after."""
+
+    before = after = staticmethod(lambda: None)
+
+    def add_span_processor(self, processor):
+        self.before()
+        super().add_span_processor(processor)
+        self.after()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("sampler", [ALWAYS_OFF, ALWAYS_ON], ids=["dropping", "sampling"])
+def test_an_operation_that_starts_meanwhile_is_audited_with_its_tenant_or_not_at_all(storage, moment, sampler):
+    provider = Watched(sampler=sampler, shutdown_on_exit=False)
+    meanwhile = audit_operation("recall", bank_id="bank-1", tracer_provider=provider)
+
+    def start():
+        with audit_scope(schema="tenant_a"):
+            meanwhile.start()
+
+    setattr(provider, moment, start)
+    processor = configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    meanwhile.finish()
+    assert processor.force_flush(10_000)
+    if (moment, sampler) != ("before", ALWAYS_ON):  # that one was an ordinary span when it started
+        assert [row.schema for row in storage.records] == (["tenant_a"] if sampler is ALWAYS_ON else [])
+    provider.shutdown()
+
+
+class Broken(TracerProvider):
+    """A provider that fails at one of the steps, once it is made."""
+
+    def __init__(self, step):
+        self.step = None
+        super().__init__(shutdown_on_exit=False)
+        self.step = step
+
+    def __setattr__(self, name, value):
+        if name == "sampler" and self.step == name:
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+    def add_span_processor(self, processor):
+        if self.step == "processor":
+            raise RuntimeError
+        super().add_span_processor(processor)
+
+    def get_tracer(self, *arguments, **named):
+        if self.step == "tracer":
+            raise RuntimeError
+        return super().get_tracer(*arguments, **named)
+
+    def __hash__(self):
+        if self.step == "hash":
+            raise TypeError
+        return super().__hash__()
+
+
+@pytest.mark.parametrize("step", ["processor", "sampler", "tracer", "hash"])
+def test_a_set_up_that_fails_leaves_nothing_running(storage, step):
+    provider, threads = Broken(step), threading.active_count()
+    with pytest.raises((AttributeError, RuntimeError, TypeError)):
+        configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    assert storage.closed
+    assert threading.active_count() == threads
+    provider.shutdown()
 
 
 def test_configuring_returns_at_once_while_nothing_listens(provider):
@@ -230,6 +320,38 @@ def test_a_global_provider_that_is_there_is_used():
         print(*[row.action for row in storage.records])
         """
     ) == ["recall"]
+
+
+def test_a_global_provider_whose_tracers_are_in_use_already_is_wrapped_all_the_same():
+    assert run(
+        """
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+        from astrocyte_otel_audit import audit_operation, audited, configure_audit
+        from tests.support import MemoryStorage
+
+        @audited("recall")
+        def recall(): ...
+
+        @audited("recall", tracer_provider=trace.get_tracer_provider())
+        def recall_by_proxy(): ...
+
+        def everything():
+            recall()
+            recall_by_proxy()
+            with audit_operation("retain"): ...
+
+        everything()
+        trace.set_tracer_provider(TracerProvider(sampler=ALWAYS_OFF))
+        everything()
+        storage = MemoryStorage()
+        processor = configure_audit(storage=storage, actions="*")
+        everything()
+        assert processor.force_flush()
+        print(*[row.action for row in storage.records])
+        """
+    ) == ["recall", "recall", "retain"]
 
 
 def test_no_global_provider_is_made_where_that_is_not_wanted_or_an_argument_is_wrong():
@@ -333,6 +455,19 @@ def test_an_empty_allowlist_is_warned_of_once_with_what_to_do(provider, storage,
     [warning] = said()
     assert warning.startswith("Nothing is audited: the allowlist is empty.")
     assert "OTEL_ASTROCYTE_AUDIT_ACTIONS" in warning
+
+
+def test_a_disabled_sdk_is_warned_of_once_with_what_to_do(storage, said, monkeypatch):
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    provider = TracerProvider(shutdown_on_exit=False)
+    processor = configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    with audit_operation("recall", tracer_provider=provider):
+        pass
+    assert rows_after(processor, storage) == []
+    [warning] = said()
+    assert warning.startswith("Nothing is audited: the tracer provider makes no spans.")
+    assert "OTEL_SDK_DISABLED" in warning
+    provider.shutdown()
 
 
 @pytest.mark.parametrize(

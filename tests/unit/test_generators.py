@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
+import inspect
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
@@ -76,6 +79,11 @@ def counted(count: int) -> dict[str, Any]:
 
 def left_after(count: int) -> dict[str, Any]:
     return {"item_count": count, "closed_early": True}
+
+
+@audited_globally("recall")
+def _of_the_module():
+    yield
 
 
 class TestAGenerator:
@@ -300,15 +308,49 @@ class TestAGenerator:
         assert list(recall()) == [0, 1, 2]
         assert [summary(record) for record in recorded()] == [("success", None, response)]
 
-    def test_called_wrongly_raises_at_its_first_item_and_is_a_failure(self, audited, recorded):
+    def test_called_wrongly_raises_at_the_call_and_is_no_operation(self, audited, recorded):
         @audited("recall")
         def recall(top_k):
             yield top_k
 
-        iterator = recall(1, 2, 3)
         with pytest.raises(TypeError, match="takes 1 positional argument but 3 were given"):
-            next(iterator)
-        assert [summary(record) for record in recorded()] == [("failure", "TypeError", counted(0))]
+            recall(1, 2, 3)
+        assert recorded() == []
+
+    def test_is_called_in_every_way_that_a_function_is(self, audited, recorded):
+        class Engine:
+            @audited("recall")
+            def recall(self, *, self_id, top_k=1):
+                assert isinstance(self, Engine)
+                yield top_k
+
+            @classmethod
+            @audited("recall")
+            def of_class(cls, top_k):
+                assert cls is Engine
+                yield top_k
+
+            @staticmethod
+            @audited("recall")
+            def static(top_k):
+                yield top_k
+
+        engine = Engine()
+        iterators = [
+            engine.recall(self_id=7),
+            Engine.recall(engine, self_id=7),
+            engine.of_class(1),
+            Engine.static(1),
+            partial(engine.recall, self_id=7)(),
+        ]
+        assert [list(iterator) for iterator in iterators] == [[1]] * 5
+        assert [record.request["top_k"] for record in recorded()] == [1] * 5
+        assert inspect.isgeneratorfunction(engine.recall)
+        assert str(inspect.signature(engine.recall)) == "(*, self_id, top_k=1)"
+
+    def test_is_copied_and_pickled_by_its_name(self):
+        assert copy.deepcopy(_of_the_module) is _of_the_module
+        assert pickle.loads(pickle.dumps(_of_the_module)) is _of_the_module
 
     def test_may_be_a_method(self, audited, recorded):
         class Service:
@@ -684,14 +726,14 @@ class TestAnAsyncGenerator:
             await task
         assert [summary(record) for record in recorded()] == [("success", None, left_after(1))]
 
-    async def test_called_wrongly_raises_at_its_first_item_and_is_a_failure(self, audited, recorded):
+    async def test_called_wrongly_raises_at_the_call_and_is_no_operation(self, audited, recorded):
         @audited("recall")
         async def recall(top_k):
             yield top_k
 
         with pytest.raises(TypeError, match="missing 1 required positional argument"):
-            await anext(recall())
-        assert [summary(record) for record in recorded()] == [("failure", "TypeError", counted(0))]
+            recall()
+        assert recorded() == []
 
     async def test_may_give_each_item_to_another_task(self, audited, recorded, tracer, parents):
         @audited("recall")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import enum
 import inspect
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -29,6 +33,7 @@ from astrocyte_otel_audit import (
     logger,
     set_default_audit_logger,
 )
+from tests.support import MemoryStorage
 
 TEXT = "Calvin's blood pressure is rising"
 STARTED = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
@@ -464,12 +469,123 @@ class TestThePool:
         assert "pool_getter failed (LookupError)" in caplog.text
         assert TEXT not in caplog.text
 
+    def test_is_asked_for_without_a_lock_of_ours(self, make_logger):
+        inside, go_on = threading.Event(), threading.Event()
+
+        def waits():
+            inside.set()
+            go_on.wait(30)
+
+        waiting = threading.Thread(target=make_logger(pool_getter=waits).log, args=[entry()])
+        waiting.start()
+        assert inside.wait(30)
+        another = threading.Thread(target=make_logger().log, args=[entry()])
+        another.start()
+        another.join(10)
+        held_up = another.is_alive()
+        go_on.set()
+        waiting.join()
+        another.join()
+        assert not held_up
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+    def test_is_asked_for_in_a_child_that_was_forked_during_a_set_up(self):
+        program = """
+import os, signal, threading
+from opentelemetry.sdk.trace import TracerProvider
+from astrocyte_otel_audit import AuditEntry, AuditLogger
+from psycopg_pool import ConnectionPool
+
+class Slow(TracerProvider):
+    def add_span_processor(self, processor):
+        inside.set()
+        go_on.wait()
+
+def log(provider, pool):
+    logger = AuditLogger(pool_getter=lambda: pool, enabled=True, tracer_provider=provider)
+    logger.log(AuditEntry(action="recall", transport="http"))
+
+inside, go_on = threading.Event(), threading.Event()
+pool = ConnectionPool("postgresql://127.0.0.1:1/none", open=False)
+thread = threading.Thread(target=log, args=[Slow(shutdown_on_exit=False), pool])
+thread.start()
+inside.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    log(TracerProvider(shutdown_on_exit=False), pool)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+go_on.set()
+thread.join()
+print(status)
+os._exit(0)
+"""
+        finished = subprocess.run(
+            # Python 3.12 warns of every fork beside a thread, which is what is tested.
+            [sys.executable, "-u", "-W", "ignore::DeprecationWarning", "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert finished.stdout == "0\n", finished.stderr
+
     def test_is_not_needed_for_a_provider_that_records_nothing(self):
         audit_log = AuditLogger(pool_getter=lambda: None, enabled=True, tracer_provider=NoOpTracerProvider())
         audit_log.log(entry())
         with audit_log.log_with_timing(entry()) as timed:
             timed.response = {"hits": 3}
         assert timed.ended_at is not None
+
+
+class TestAPipelineThatIsThereAlready:
+    @pytest.fixture
+    def log_once_warned(self, make_logger, caplog):
+        """Log three entries, and return the warnings."""
+
+        def log(**arguments):
+            audit_log = make_logger(**arguments)
+            for action in ("retain", "recall", "forget"):
+                audit_log.log(entry(action=action))
+            return [record.getMessage() for record in caplog.records]
+
+        return log
+
+    @pytest.mark.parametrize(
+        ("pipeline", "logger"),
+        [("*", None), ("*", ["retain", "re*"]), (["re*"], ["retain", "recall"]), (["retain"], ["retain"]), (["a"], [])],
+    )
+    def test_is_used_silently_where_it_allows_all_that_the_logger_does(
+        self, audit, storage, log_once_warned, pipeline, logger
+    ):
+        audit(storage=storage, actions=pipeline)
+        assert log_once_warned(allowed_actions=logger) == []
+
+    @pytest.mark.parametrize(
+        ("pipeline", "logger", "missed"),
+        [
+            (["retain"], ["retain", "forget"], "['forget']"),
+            (["retain"], None, "['*']"),
+            (["recall"], ["re*"], "['re*']"),
+        ],
+    )
+    def test_is_warned_of_once_where_it_allows_less(self, audit, storage, log_once_warned, pipeline, logger, missed):
+        audit(storage=storage, actions=pipeline)
+        [warning] = log_once_warned(allowed_actions=logger)
+        assert f"it does not write the actions {missed}, as it allows {pipeline}" in warning
+        assert "Give both the same settings" in warning
+
+    def test_is_warned_of_once_where_it_has_another_table(self, audit, log_once_warned):
+        dsn = "postgresql://127.0.0.1:1/none"
+        audit(dsn=dsn, table="memory_audit", export_timeout_millis=1.0, schedule_delay_millis=3_600_000.0)
+        [warning] = [message for message in log_once_warned() if "AuditLogger" in message]
+        assert "it writes to the table 'memory_audit', and not to 'astrocyte_audit_log'" in warning
+        assert "the actions" not in warning
+
+    def test_may_be_one_of_several(self, audit, log_once_warned):
+        audit(storage=MemoryStorage(), actions=["retain"])
+        audit(storage=MemoryStorage(), actions=["recall", "forget"])
+        assert log_once_warned(allowed_actions=["retain", "recall", "forget"]) == []
 
 
 class TestRetention:

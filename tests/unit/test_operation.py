@@ -18,11 +18,14 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode, get_current_span
 
 from astrocyte_otel_audit import (
+    AuditEntry,
+    AuditLogger,
     AuditRecord,
     AuditUnavailableError,
     Normalizer,
     __version__,
     audit_scope,
+    audited,
     configure_audit,
 )
 from astrocyte_otel_audit import audit_operation as audit_operation_globally
@@ -173,6 +176,26 @@ class TestTheRecord:
             pass
         [record] = recorded()
         assert {name: getattr(record, name) for name in ids} == dict.fromkeys(ids, text)
+
+    def test_has_the_bank_s_id_as_the_same_text_from_wherever_it_comes(
+        self, audit_operation, provider, recorded, ended_spans
+    ):
+        audit_here = partial(audited, "recall", tracer_provider=provider)
+        audit_here()(lambda bank_id: None)(1)
+        audit_here()(lambda bank_id=1: None)()
+        audit_here(bank_id=lambda arguments: arguments["bank"])(lambda bank: None)(1)
+        list(audit_here()(lambda bank_id: (yield))(1))
+        with audit_operation("recall", bank_id=1):
+            pass
+        with audit_operation("recall") as operation:
+            operation.bank_id = 1
+        with audit_scope(bank_id=1), audit_operation("recall"):
+            pass
+        AuditLogger(pool_getter=lambda: None, enabled=True, tracer_provider=provider).log(
+            AuditEntry(action="recall", transport="http", bank_id=1)
+        )
+        assert [record.bank_id for record in recorded()] == ["1"] * 8
+        assert [span.attributes["astrocyte.bank_id"] for span in ended_spans()] == ["1"] * 8
 
     @pytest.mark.parametrize("action", [None, "", 5, ["recall"]])
     def test_without_a_usable_action_says_so(self, audit_operation, recorded, action):
@@ -388,6 +411,30 @@ class TestAnInstanceUsedAgain:
         assert [record.actor_id for record in recorded()] == ["user-1", "user-2", None]
 
 
+class TestTheTracer:
+    def test_has_the_sampler_of_its_provider_also_where_the_operation_was_made_or_run_before(self, storage):
+        provider = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False)
+        made = [audit_operation_globally("retain", tracer_provider=provider) for _ in range(2)]
+        with made[0]:
+            pass
+        processor = configure_audit(storage=storage, actions="*", tracer_provider=provider)
+        for operation in made:
+            with operation:
+                pass
+        assert processor.force_flush()
+        assert len(storage.records) == 2
+        provider.shutdown()
+
+    def test_may_be_that_of_a_provider_which_cannot_be_remembered(self, provider, recorded):
+        class Wrapper:
+            __slots__ = ()
+            get_tracer = staticmethod(provider.get_tracer)
+
+        with audit_operation_globally("retain", tracer_provider=Wrapper()):
+            pass
+        assert [record.action for record in recorded()] == ["retain"]
+
+
 class TestTheSpan:
     async def test_is_named_and_described_as_the_design_says(self, audit_operation, ended_spans, run):
         await run(audit_operation("retain", bank_id="bank-1", request={"a.b": {"top_k": 5}}), lambda operation: None)
@@ -503,8 +550,31 @@ class TestNothingDisturbsTheBlock:
             def attributes(self, payload, prefix="", action=""):
                 raise RuntimeError(TEXT)
 
-        with audit_operation("retain", normalizer=Broken()) as operation:
+        with pytest.raises(LookupError), audit_operation("retain", bank_id="bank-1", normalizer=Broken()) as operation:
+            raise LookupError
+        assert operation.record_id is not None
+        with audit_operation("recall", request=TEXT, metadata={"a": 1}, normalizer=Broken()) as operation:
             operation.response = {"hits": 3}
-        assert [record.action for record in recorded()] == ["retain"], "what is known is recorded all the same"
-        assert "(RuntimeError)" in caplog.text
+        failed, whole = recorded()
+        assert (failed.bank_id, failed.outcome, failed.error_type) == ("bank-1", "failure", "LookupError")
+        assert (whole.action, whole.outcome) == ("recall", "success")
+        assert [whole.request, whole.response, whole.metadata] == [{"[unreadable]": "RuntimeError"}] * 3
+        assert "'recall' could not be normalized (RuntimeError)" in caplog.text
         assert TEXT not in caplog.text
+
+    def test_not_even_a_normalizer_that_gives_something_else(self, audit_operation, recorded):
+        class Nested(Normalizer):
+            def attributes(self, payload, prefix="", action=""):
+                return None
+
+        with audit_operation("retain", request={"top_k": 5}, normalizer=Nested()):
+            pass
+        assert [(record.outcome, record.request) for record in recorded()] == [
+            ("success", {"[unreadable]": "TypeError"})
+        ]
+
+    @pytest.mark.parametrize("wrong", ["provider", 5, object()])
+    def test_not_even_a_provider_that_is_none(self, caplog, wrong):
+        with audit_operation_globally("retain", tracer_provider=wrong) as operation:
+            operation.response = {"hits": 3}
+        assert "could not start (AttributeError)" in caplog.text
