@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 import threading
@@ -35,6 +36,9 @@ _NUMBERS = ("port", "connect_timeout", "keepalives_idle", "keepalives_interval",
 
 class Connections(Protocol):
     """A source of connections. Thread-safe."""
+
+    #: The database, as a name without a secret in it: the same wherever the same one is meant.
+    database: str
 
     def connection(self) -> Any:
         """Return a context manager that lends a connection to the calling thread."""
@@ -74,7 +78,13 @@ class OwnConnection:
             # One for each host, where there are several; an empty one is the default.
             for number in str(given.get(name) or "").split(","):
                 if number and not (number.isascii() and number.strip().lstrip("-").isdigit()):
-                    raise ConfigurationError("dsn", f"its {name} is {number!r}; accepted is a whole number")
+                    # Not quoted: of a password whose "@" is not percent-encoded, it is a part.
+                    raise ConfigurationError(
+                        "dsn",
+                        f"its {name} is no number; accepted is a whole number, and special characters of a password "
+                        "percent-encoded",
+                    )
+        self.database = _fingerprint(given)
         self._lock = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
 
@@ -128,6 +138,10 @@ class PooledConnections:
             )
         self._pool: ConnectionPool[Any] = pool
         self._process = os.getpid()
+        try:
+            self.database = _fingerprint(conninfo_to_dict(dsn_of_pool(pool)))
+        except ConfigurationError:
+            self.database = "pool"  # which connects by a coroutine of the application's own
 
     def connection(self) -> Any:
         """Lend a connection of the pool.
@@ -147,6 +161,14 @@ class PooledConnections:
 
     def after_fork(self) -> None:
         """Do nothing: the pool is the parent's, and refused in a child."""
+
+
+def _fingerprint(parts: dict[str, Any]) -> str:
+    """Return a name for the database of a connection string: of its hosts, ports and name, and of nothing secret."""
+    defaults = (("host", "PGHOST", ""), ("port", "PGPORT", "5432"), ("dbname", "PGDATABASE", parts.get("user") or ""))
+    found = [str(parts.get(name) or os.environ.get(variable) or default) for name, variable, default in defaults]
+    found[0] = ",".join(sorted(found[0].split(",")))  # a failover changes their order
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
 
 
 def dsn_of_pool(pool: object) -> str:

@@ -788,6 +788,7 @@ class TestWithoutAPipeline:
         program = """
 import logging
 logging.basicConfig(level=logging.DEBUG)
+logging.getLogger("psycopg").setLevel(logging.INFO)  # before 3.3 it says which implementations it lacks
 from astrocyte_otel_audit import AuditEntry, audit_operation, audited, get_default_audit_logger
 
 @audited("recall")
