@@ -14,13 +14,17 @@ from typing import Annotated, Any
 import psycopg
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit._version import __version__
 from astrocyte_otel_audit.embedded import SCHEME, embedded_postgres
 from astrocyte_otel_audit.errors import AuditError, ConfigurationError, DatabaseUnavailableError
+from astrocyte_otel_audit.pipeline import AuditSpanExporter
+from astrocyte_otel_audit.pipeline.replay import replay, status
 from astrocyte_otel_audit.postgres import AuditTable, Cursor, OwnConnection, classify
 from astrocyte_otel_audit.view import records as view
+from astrocyte_otel_audit.view.spool import spool_table
 
 #: Exit codes beside 0; a usage error is 2, as everywhere.
 NOT_FOUND, UNAVAILABLE = 1, 3
@@ -197,6 +201,73 @@ def list_set_aside(
         _console().print(view.set_aside_table(refused))
     else:
         _say("nothing was set aside")
+
+
+spool = typer.Typer(
+    help="Look at the records that are on disk and not in the table yet, and write them.", no_args_is_help=True
+)
+app.add_typer(spool, name="spool")
+
+SpoolDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=settings.PREFIX + "SPOOL_DIR",
+        help="Directory of the spool; by default the one of this user's processes.",
+        show_default=False,
+    ),
+]
+
+
+@spool.command(name="status")
+def spool_status(spool_dir: SpoolDir = None, json: Json = False) -> None:
+    """Show what each process has in the spool: records, bytes, the oldest, and whether the process lives.
+
+    What an ended process left is written by the next one with the same database and table, or by `spool replay`.
+    """
+    root = spool_dir or settings.default_spool_dir()
+    found = list(status(root))
+    if json:
+        for row in found:
+            print(view.as_json(row))
+    elif found:
+        _console().print(spool_table(found))
+    else:
+        _say(f"the spool {root} is empty")
+
+
+@spool.command(name="replay")
+def spool_replay(
+    dsn: Dsn = None,
+    schema: Schema = settings.DEFAULT_SCHEMA,
+    table: TableName = settings.DEFAULT_TABLE,
+    spool_dir: SpoolDir = None,
+    any_destination: Annotated[
+        bool,
+        typer.Option("--any-destination", help="Also what was meant for another database or table, as after a move."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Write what ended processes have left in the spool, and clear it away. Processes that live are left alone.
+
+    Safe to repeat and to interrupt: a record that is in the table already is not written twice.
+    """
+    root = spool_dir or settings.default_spool_dir()
+    with _dsn(dsn) as connection_string, Progress(console=Console(stderr=True), transient=True) as bar:
+        exporter = AuditSpanExporter(dsn=connection_string, actions=(), schema=schema, table=table)
+        task = bar.add_task("records", total=None)
+        try:
+            result = replay(
+                root, exporter, any_destination=any_destination, progress=lambda count: bar.advance(task, count)
+            )
+        finally:
+            exporter.shutdown()
+    if json:
+        print(view.as_json(result))
+    else:
+        print(
+            f"{result.written} records of {result.processes} ended processes are in the table, {result.set_aside} were "
+            f"set aside, {result.waiting} still wait, {result.damaged} lines can't be read"
+        )
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from opentelemetry import trace
@@ -16,6 +17,7 @@ from astrocyte_otel_audit._version import __version__
 from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.normalize import Normalizer
 from astrocyte_otel_audit.pipeline import AuditSampler, AuditSpanExporter, AuditSpanProcessor, SpanMapping, Storage
+from astrocyte_otel_audit.pipeline.spool import Fsync
 from astrocyte_otel_audit.postgres import dsn_of_pool
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +42,11 @@ def configure_audit(
     normalizer: Normalizer | None = None,
     tracer_provider: TracerProvider | None = None,
     create_provider: bool = True,
+    spool_dir: str | os.PathLike[str] | Literal[False] | None = None,
+    spool_max_bytes: int | None = None,
+    spool_fsync: Fsync | None = None,
+    on_full: Literal["drop", "block"] | None = None,
+    on_full_timeout_millis: float | None = None,
     max_queue_size: int | None = None,
     schedule_delay_millis: float | None = None,
     max_export_batch_size: int | None = None,
@@ -66,8 +73,8 @@ def configure_audit(
             don't know which pipeline will take them, so a second one replaces the first, with a warning.
         tracer_provider: where to attach; by default the global one.
         create_provider: make and set a global provider where there is none.
-        max_queue_size, schedule_delay_millis, max_export_batch_size, export_timeout_millis: as in
-            `AuditSpanProcessor`.
+        spool_dir, spool_max_bytes, spool_fsync, on_full, on_full_timeout_millis, max_queue_size, schedule_delay_millis,
+        max_export_batch_size, export_timeout_millis: as in `AuditSpanProcessor`.
 
     Returns:
         The processor: `force_flush`, `stats` and `shutdown` are its own. The provider's shutdown is enough.
@@ -82,6 +89,11 @@ def configure_audit(
     if normalizer is not None and not isinstance(normalizer, Normalizer):
         raise ConfigurationError("normalizer", f"got a {type(normalizer).__name__}; accepted is a Normalizer")
     sizes: dict[str, Any] = {
+        "spool_dir": spool_dir,
+        "spool_max_bytes": spool_max_bytes,
+        "spool_fsync": spool_fsync,
+        "on_full": on_full,
+        "on_full_timeout_millis": on_full_timeout_millis,
         "max_queue_size": max_queue_size,
         "schedule_delay_millis": schedule_delay_millis,
         "max_export_batch_size": max_export_batch_size,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
 
 from astrocyte_otel_audit.errors import ConfigurationError
 
@@ -127,6 +128,34 @@ def _comma_list(text: str) -> list[str] | str:
     return text if text == "*" else [member.strip() for member in text.split(",") if member.strip()]
 
 
+def _spool_dir(value: object, source: str) -> Path | Literal[False]:
+    if value is False:
+        return False
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ConfigurationError(source, f"got {_shown(value)}; accepted is a directory, or False for no spool")
+    return Path(os.fspath(value)).expanduser().absolute()
+
+
+def default_spool_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Return where records are kept until they are in the table: a directory of the user's own state."""
+    environ = os.environ if environ is None else environ
+    state = environ.get("XDG_STATE_HOME") or os.path.join(
+        environ.get("HOME") or os.path.expanduser("~"), ".local/state"
+    )
+    return Path(state) / "astrocyte-otel-audit" / "spool"
+
+
+def one_of(*words: str) -> Callable[[object, str], str]:
+    """Return a check for one of some words."""
+
+    def accept(value: object, source: str) -> str:
+        if not isinstance(value, str) or value not in words:
+            raise ConfigurationError(source, f"got {_shown(value)}; accepted is {', '.join(words[:-1])} or {words[-1]}")
+        return value
+
+    return accept
+
+
 def positive_int(value: object, source: str) -> int:
     """Return a whole number of at least 1, or raise `ConfigurationError`."""
     if type(value) is not int or value < 1:
@@ -182,10 +211,31 @@ SETTINGS: Final[Mapping[str, Setting]] = {
         _setting("table", DEFAULT_TABLE, _table, "Name of the table, the same in every schema."),
         _setting("migrate", False, boolean, "Create or upgrade missing tables, and tenants' schemas.", _parse_boolean),
         _setting(
+            "spool_dir",
+            None,
+            _spool_dir,
+            "Where records are kept until they are in the table; 'off' for in memory only.",
+            lambda text: False if text == "off" else text,
+        ),
+        _setting(
+            "spool_max_bytes", 1 << 30, positive_int, "Bytes that this process's part of the spool may have.", int
+        ),
+        _setting(
+            "spool_fsync", "interval", one_of("never", "interval", "always"), "When the spool is synced to its disk."
+        ),
+        _setting("on_full", "drop", one_of("drop", "block"), "What a call does where the spool is full."),
+        _setting(
+            "on_full_timeout_millis",
+            1_000.0,
+            positive_number,
+            "Milliseconds that a call waits for room with on_full='block', before it drops.",
+            float,
+        ),
+        _setting(
             "max_queue_size",
             32_768,
             positive_int,
-            "Records that may wait in memory; past it, new ones are refused and counted.",
+            "Records that are held in memory; past it, new ones are in the spool only, or refused where there is none.",
             int,
             "OTEL_BSP_MAX_QUEUE_SIZE",
         ),

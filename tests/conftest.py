@@ -119,8 +119,9 @@ def audit(provider: TracerProvider) -> Callable[..., AuditSpanProcessor]:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the settings of the machine it runs on."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test sees the settings of the machine it runs on, or another test's spool."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     for variable in list(os.environ):
         if variable.startswith("OTEL_") and variable != SERVER_VARIABLE:
             monkeypatch.delenv(variable)

@@ -1,8 +1,4 @@
-"""What is captured of an ended span on the thread that ends it, and the record that is made of it later.
-
-Capturing copies a handful of facts and decides nothing: it is on the application's time. Everything else, such as
-rebuilding nested payloads and normalizing those of other emitters, is `to_record`, on the writer's thread.
-"""
+"""What is captured of a span, and the record that is made of it, on the thread that ends the span."""
 
 from __future__ import annotations
 
@@ -62,8 +58,6 @@ class Captured(NamedTuple):
     id: str | None = None
     scope: ScopeDefaults | None = None
     schema: str | None = None
-    #: An operation of the same action directly inside, which fills what this one leaves empty.
-    inner: AuditRecord | None = None
 
 
 def to_record(captured: Captured) -> AuditRecord:
@@ -80,7 +74,7 @@ def to_record(captured: Captured) -> AuditRecord:
     error_type = given.get(attributes.ERROR_TYPE, captured.exception_type) if outcome == "failure" else None
     parent, scope = captured.parent_span_id, captured.scope or NO_SCOPE
     # By position: twenty keywords would cost as much as all the rest.
-    record = AuditRecord(
+    return AuditRecord(
         captured.id or record_id(captured.trace_id, captured.span_id, captured.start_ns),
         captured.action or "unknown",
         _text(given.get(attributes.TRANSPORT)) or scope.transport or captured.transport or UNKNOWN_TRANSPORT,
@@ -103,10 +97,9 @@ def to_record(captured: Captured) -> AuditRecord:
         None,
         captured.schema,
     )
-    return record if captured.inner is None else _filled(record, captured.inner)
 
 
-def _filled(outer: AuditRecord, inner: AuditRecord) -> AuditRecord:
+def filled(outer: AuditRecord, inner: AuditRecord) -> AuditRecord:
     """Return the outer record, with the inner one's parts where it is empty. Outcome and times are the outer's own."""
     return outer._replace(
         transport=inner.transport if outer.transport == UNKNOWN_TRANSPORT else outer.transport,

@@ -8,23 +8,20 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
-from astrocyte_otel_audit.pipeline.backlog import Operation
-from astrocyte_otel_audit.pipeline.captured import to_record
+from astrocyte_otel_audit.pipeline.backlog import Entry
 from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
-from astrocyte_otel_audit.pipeline.parking import Numbered
 from astrocyte_otel_audit.pipeline.troubles import Troubles
-from astrocyte_otel_audit.record import AuditRecord
 
 _logger = logging.getLogger(__name__)
 
 
 class Delivered(NamedTuple):
-    """What became of a batch: each of its operations is in one of the two collections."""
+    """What became of a batch: each of its entries is in one of the two collections."""
 
     #: In the table, beside it, or beyond hope.
-    settled: list[Numbered]
+    settled: list[Entry]
     #: By schema: those whose table can't take them for now.
-    waiting: dict[str | None, list[Numbered]]
+    waiting: dict[str | None, list[Entry]]
     #: Counts of the settled ones.
     stored: int
     set_aside: int
@@ -32,7 +29,7 @@ class Delivered(NamedTuple):
 
 
 class Delivery:
-    """Makes records of operations and gives them to the exporter. Used by one thread.
+    """Gives records to the exporter. Used by one thread.
 
     Args:
         exporter: its `write` takes the records.
@@ -56,11 +53,10 @@ class Delivery:
             if fault is not None and schema is not None:
                 self._parked(schema, fault)
 
-    def attempt(self, batch: Sequence[Numbered]) -> Delivered | None:
+    def attempt(self, batch: Sequence[Entry]) -> Delivered | None:
         """Write a batch once. None means that it has to be given again: Postgres is away. Never raises."""
-        records = [self._to_record(item.operation) for item in batch]
         try:
-            appended = self._exporter.write([record for record in records if record is not None])
+            appended = self._exporter.write([entry.record for entry in batch if entry.record is not None])
             waiting_ids = {record.id for _, parked in appended.parked.values() for record in parked}
             refused_ids = {record.id for record, _ in appended.set_aside}
         except DatabaseUnavailableError as unavailable:
@@ -78,16 +74,18 @@ class Delivery:
         with suppress(Exception):  # as in Troubles: a log's handler must not end this thread
             for record, fault in appended.set_aside:
                 _logger.error("Audit record %s (%r) was set aside: %s.", record.id, record.action, fault)
-        settled: list[Numbered] = []
-        waiting: dict[str | None, list[Numbered]] = {}
-        set_aside = 0
-        for item, made in zip(batch, records, strict=True):
-            if made is not None and made.id in waiting_ids:
-                waiting.setdefault(item.operation.schema, []).append(item)
+        settled: list[Entry] = []
+        waiting: dict[str | None, list[Entry]] = {}
+        set_aside = lost = 0
+        for entry in batch:
+            if entry.record is None:  # its place in the spool is damaged
+                lost += 1
+            elif entry.record.id in waiting_ids:
+                waiting.setdefault(entry.schema, []).append(entry)
+                continue
             else:
-                settled.append(item)
-                set_aside += made is not None and made.id in refused_ids
-        lost = records.count(None)
+                set_aside += entry.record.id in refused_ids
+            settled.append(entry)
         return Delivered(settled, waiting, len(settled) - set_aside - lost, set_aside, lost)
 
     def close(self) -> None:
@@ -96,13 +94,6 @@ class Delivery:
             self._exporter.shutdown()
         except Exception as error:  # it is over all the same
             self._troubles.report("close", f"the audit table could not be closed ({type(error).__qualname__})")
-
-    def _to_record(self, operation: Operation) -> AuditRecord | None:
-        try:
-            return operation if isinstance(operation, AuditRecord) else to_record(operation)
-        except Exception as error:  # a mistake in there must cost one record, not all of them
-            self._troubles.report("record", f"an operation could not become a record ({type(error).__qualname__})")
-            return None
 
     def _away(self, reason: str) -> None:
         self._troubles.report("database", f"audit records wait for Postgres: {reason}")

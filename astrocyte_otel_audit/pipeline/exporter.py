@@ -104,6 +104,8 @@ class AuditSpanExporter(SpanExporter):
                 statement_timeout_seconds=timeout_millis / 1000,
             )
         self.storage = storage
+        #: Where its records belong, as a name for the spool: processes with the same one write each other's.
+        self.destination: str = getattr(storage, "destination", type(storage).__qualname__)
         self._warned_of_stock_processor = False
         self._troubles = Troubles(_logger, time.monotonic)
         call_in_forked_children(self, type(self)._after_fork)

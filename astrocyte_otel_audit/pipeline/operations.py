@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span
 from opentelemetry.trace import SpanContext
 
 from astrocyte_otel_audit import attributes
-from astrocyte_otel_audit.pipeline.captured import Captured, to_record
+from astrocyte_otel_audit.pipeline.captured import Captured, filled, to_record
 from astrocyte_otel_audit.pipeline.selection import is_suppressed
 from astrocyte_otel_audit.record import NO_SCOPE, AuditRecord, ScopeDefaults, record_id
 
@@ -68,7 +68,7 @@ class OpenOperations:
         self._open[key] = _Open(action, row, scope, schema, reference, {})
         return row
 
-    def end(self, span: ReadableSpan, capture: Callable[..., Captured | None]) -> list[Captured | AuditRecord]:
+    def end(self, span: ReadableSpan, capture: Callable[..., Captured | None]) -> list[AuditRecord]:
         """Close an operation and return what is to be written now.
 
         Args:
@@ -79,7 +79,7 @@ class OpenOperations:
             Nothing, where there is nothing to write or the enclosing operation has taken it in; the operation; or
             more, where an inner operation is one that its row would have hidden, or others were never ended.
         """
-        rows: list[Captured | AuditRecord] = [*self.orphans()] if self._orphans else []
+        rows = [*self.orphans()] if self._orphans else []
         started = self._open.pop(_key(span.context), None)
         if started is None:
             captured = capture(span)
@@ -87,13 +87,17 @@ class OpenOperations:
                 captured = None  # not taken at its start, for the same reason
         else:
             captured = capture(span, started.id, None if started.scope is NO_SCOPE else started.scope, started.schema)
-            if (inner := started.close()) is not None:
-                if captured is None or _contradicts(captured, inner):
-                    rows.append(inner)
-                else:
-                    captured = captured._replace(inner=inner)
-        if captured is not None and not self._is_taken_in(captured, span.parent):
-            rows.append(captured)
+        record = None if captured is None else to_record(captured)
+        if started is not None and (inner := started.close()) is not None:
+            if record is None or _contradicts(record, inner):
+                rows.append(inner)
+            else:
+                record = filled(record, inner)
+        if record is not None and captured is not None:
+            # One whose emitter was promised its row keeps its own, or it would vanish.
+            promised = captured.attributes.get(attributes.REQUIRED) is True
+            if promised or not self._is_taken_in(record, span.parent):
+                rows.append(record)
         return rows
 
     def orphans(self) -> tuple[AuditRecord, ...]:
@@ -111,20 +115,16 @@ class OpenOperations:
             started.slot.clear()
         self._orphans.clear()
 
-    def _is_taken_in(self, captured: Captured, parent: SpanContext | None) -> bool:
+    def _is_taken_in(self, record: AuditRecord, parent: SpanContext | None) -> bool:
         """Let the enclosing operation take this one in, if there is one of the same action, tenant and bank."""
         if parent is None or parent.is_remote:
             return False
         outer = self._open.get(_key(parent))
-        if outer is None or outer.action != captured.action or outer.schema != captured.schema:
+        if outer is None or outer.action != record.action or outer.schema != record.schema:
             return False
-        # One row can speak for one inner operation. A second one, another bank's, and one whose emitter was
-        # promised its row keep their own, or they would vanish.
-        if outer.slot or captured.attributes.get(attributes.REQUIRED) is True:
+        # One row can speak for one inner operation: a second one, and another bank's, would vanish.
+        if outer.slot or not _same(record.bank_id, _bank_of_open(outer)):
             return False
-        if not _same(_bank(captured), _bank_of_open(outer)):
-            return False
-        record = to_record(captured)
         return outer.slot.setdefault("inner", record) is record
 
     def _forget(self, reference: weakref.ref[Span]) -> None:
@@ -134,17 +134,10 @@ class OpenOperations:
                 self._orphans.append(inner)
 
 
-def _bank(captured: Captured) -> object:
-    if captured.bank_id is None and captured.scope is not None:
-        return captured.scope.bank_id
-    return captured.bank_id
-
-
-def _contradicts(outer: Captured, inner: AuditRecord) -> bool:
+def _contradicts(outer: AuditRecord, inner: AuditRecord) -> bool:
     """Say whether the outer row would hide that the inner one was another bank's, another actor's, or a failure."""
-    said = to_record(outer)
-    hides_failure = inner.outcome == "failure" and said.outcome != "failure"
-    return hides_failure or not (_same(said.bank_id, inner.bank_id) and _same(said.actor_id, inner.actor_id))
+    hides_failure = inner.outcome == "failure" and outer.outcome != "failure"
+    return hides_failure or not (_same(outer.bank_id, inner.bank_id) and _same(outer.actor_id, inner.actor_id))
 
 
 def _bank_of_open(outer: _Open) -> object:

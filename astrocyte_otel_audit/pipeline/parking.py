@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from astrocyte_otel_audit.pipeline.backlog import Operation
-
-
-class Numbered(NamedTuple):
-    """An operation with its place in the order of acceptance, counted from 0."""
-
-    number: int
-    operation: Operation
+from astrocyte_otel_audit.pipeline.backlog import Entry
 
 
 class Backoff(NamedTuple):
@@ -34,7 +27,7 @@ class Backoff(NamedTuple):
 class _Lane:
     """One parked tenant."""
 
-    waiting: deque[Numbered] = field(default_factory=deque)
+    waiting: deque[Entry] = field(default_factory=deque)
     failures: int = 0
     next_attempt: float = 0.0
     #: Number of the last `flush` that was waiting when an attempt failed.
@@ -51,30 +44,37 @@ class Parking:
     def __len__(self) -> int:
         return sum(len(lane.waiting) for lane in self._lanes.values())
 
-    def divert(self, items: list[Numbered], capacity: int) -> tuple[list[Numbered], list[Numbered]]:
-        """Let the operations of parked tenants join their lanes.
+    def divert(
+        self, items: list[Entry], capacity: int, drop: Callable[[Entry], bool]
+    ) -> tuple[list[Entry], list[Entry]]:
+        """Let the entries of parked tenants join their lanes.
+
+        Args:
+            items: entries of any tenants.
+            capacity: entries that may wait here in memory.
+            drop: keeps an entry beyond that on disk only, or says that it can't.
 
         Returns:
-            The operations of the other tenants, and those that found no place, since `capacity` wait here already.
+            The entries of the other tenants, and those that found no place.
         """
         if not self._lanes:
             return items, []
-        others: list[Numbered] = []
-        overflow: list[Numbered] = []
+        others: list[Entry] = []
+        overflow: list[Entry] = []
         room = capacity - len(self)
         for item in items:
-            lane = self._lanes.get(item.operation.schema)
+            lane = self._lanes.get(item.schema)
             if lane is None:
                 others.append(item)
-            elif room > 0:
+            elif room > 0 or drop(item):
                 lane.waiting.append(item)
                 room -= 1
             else:
                 overflow.append(item)
         return others, overflow
 
-    def due(self, now: float, limit: int) -> list[Numbered]:
-        """Take the oldest operations of one tenant whose next attempt has come; nothing if there is none.
+    def due(self, now: float, limit: int) -> list[Entry]:
+        """Take the oldest entries of one tenant whose next attempt has come; nothing if there is none.
 
         Half as many with every failure: a batch that takes the server too long is in time once it is small enough,
         and whoever holds a lock is asked for less. The attempt's end must be told: by `park` for what has failed
@@ -87,8 +87,8 @@ class Parking:
                 return [lane.waiting.popleft() for _ in range(min(limit, len(lane.waiting)))]
         return []
 
-    def park(self, items: Sequence[Numbered], now: float, flush: int, *, others_passed: bool = False) -> None:
-        """Park a tenant's operations, in front of those that wait already.
+    def park(self, items: Sequence[Entry], now: float, flush: int, *, others_passed: bool = False) -> None:
+        """Park a tenant's entries, in front of those that wait already.
 
         Args:
             items: they are all of one schema.
@@ -96,14 +96,14 @@ class Parking:
             flush: number of the last flush before the attempt that failed.
             others_passed: others of the same tenant could be written, so it needn't wait long.
         """
-        lane = self._lanes.setdefault(items[0].operation.schema, _Lane())
+        lane = self._lanes.setdefault(items[0].schema, _Lane())
         lane.waiting.extendleft(reversed(items))
         lane.failures = 1 if others_passed else lane.failures + 1
         lane.next_attempt = now + self._backoff.delay(lane.failures)
         lane.failed_for_flush = flush
 
     def release(self, schema: str | None) -> None:
-        """A tenant's operations could be written: what still waits is due at once, and a tenant without any is free."""
+        """A tenant's entries could be written: what still waits is due at once, and a tenant without any is free."""
         lane = self._lanes.get(schema)
         if lane is not None:
             lane.next_attempt = 0.0
@@ -126,6 +126,6 @@ class Parking:
         return min((lane.waiting[0].number for lane in self._lanes.values() if lane.waiting), default=None)
 
     def all_failed_for(self, flush: int, goal: int) -> bool:
-        """Say whether each tenant with an operation below `goal` has failed an attempt made for that flush."""
+        """Say whether each tenant with an entry below `goal` has failed an attempt made for that flush."""
         lanes = (lane for lane in self._lanes.values() if lane.waiting and lane.waiting[0].number < goal)
         return all(lane.failed_for_flush >= flush for lane in lanes)

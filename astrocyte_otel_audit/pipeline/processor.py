@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+from pathlib import Path
+from typing import Literal
 
 from opentelemetry.context import Context, get_value
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
 from astrocyte_otel_audit import attributes, settings
 from astrocyte_otel_audit.errors import ConfigurationError
+from astrocyte_otel_audit.pipeline.captured import to_record
 from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
 from astrocyte_otel_audit.pipeline.operations import OpenOperations
 from astrocyte_otel_audit.pipeline.parking import Backoff
 from astrocyte_otel_audit.pipeline.processes import call_at_the_end_of_children, call_in_forked_children
+from astrocyte_otel_audit.pipeline.spool import Fsync, Spool, SpoolError
 from astrocyte_otel_audit.pipeline.troubles import Troubles
 from astrocyte_otel_audit.pipeline.writer import Writer
 from astrocyte_otel_audit.record import NO_SCOPE, ScopeDefaults
@@ -33,7 +38,15 @@ class AuditSpanProcessor(SpanProcessor):
 
     Args:
         exporter: says which spans are records, and writes them.
-        max_queue_size: records that may wait (32,768).
+        spool_dir: directory where records are kept until they are in the table, so that they survive a killed
+            process; several processes may share it. Below the user's state directory by default; False for none.
+        spool_max_bytes: bytes that this process's part of it may have (1 GiB).
+        spool_fsync: when it is synced to its disk: ``never``, ``interval`` (about once a second, the default) or
+            ``always``, before a call returns. A killed process loses nothing either way.
+        on_full: what a call does where the spool is full: ``drop``, the record is counted in a gap record; or
+            ``block``, wait for room, then drop.
+        on_full_timeout_millis: milliseconds of that wait (1,000).
+        max_queue_size: records that are held in memory (32,768); more are in the spool only.
         schedule_delay_millis: milliseconds that a record waits for company (200).
         max_export_batch_size: records in one transaction at most (2,048; never more than the queue holds).
         export_timeout_millis: milliseconds that the drain at shutdown may take (30,000).
@@ -47,6 +60,11 @@ class AuditSpanProcessor(SpanProcessor):
         self,
         exporter: AuditSpanExporter,
         *,
+        spool_dir: str | os.PathLike[str] | Literal[False] | None = None,
+        spool_max_bytes: int | None = None,
+        spool_fsync: Fsync | None = None,
+        on_full: Literal["drop", "block"] | None = None,
+        on_full_timeout_millis: float | None = None,
         max_queue_size: int | None = None,
         schedule_delay_millis: float | None = None,
         max_export_batch_size: int | None = None,
@@ -62,8 +80,21 @@ class AuditSpanProcessor(SpanProcessor):
         self._exporter = exporter
         self._operations = OpenOperations()
         self._troubles = Troubles(_logger, time.monotonic)
+        blocks = settings.resolve("on_full", on_full) == "block"
+        block_millis = settings.resolve("on_full_timeout_millis", on_full_timeout_millis)
         self._writer = Writer(
-            exporter, capacity=capacity, batch_size=batch_size, delay_seconds=delay_millis / 1000, backoff=backoff
+            exporter,
+            spool=_spool(
+                settings.resolve("spool_dir", spool_dir),
+                exporter.destination,
+                settings.resolve("spool_max_bytes", spool_max_bytes),
+                settings.resolve("spool_fsync", spool_fsync),
+            ),
+            capacity=capacity,
+            batch_size=batch_size,
+            delay_seconds=delay_millis / 1000,
+            block_seconds=block_millis / 1000 if blocks else 0.0,
+            backoff=backoff,
         )
         call_in_forked_children(self, type(self)._after_fork)
         call_at_the_end_of_children(self, type(self).shutdown)
@@ -82,8 +113,14 @@ class AuditSpanProcessor(SpanProcessor):
                 return
             found = get_value(attributes.SCOPE_CONTEXT_KEY, parent_context)
             scope = found if isinstance(found, ScopeDefaults) else NO_SCOPE
-            receipt = self._operations.start(span, action, scope, scope.schema or self._exporter.current_schema())
-            if self._writer.has_room():
+            schema = scope.schema or self._exporter.current_schema()
+            receipt = self._operations.start(span, action, scope, schema)
+            if (span.attributes or {}).get(attributes.REQUIRED) is True:
+                captured = self._exporter.selection.capture(span, receipt, scope, schema)
+                taken = captured is not None and self._writer.begin(to_record(captured)._replace(outcome=None))
+            else:
+                taken = self._writer.has_room()
+            if taken:
                 span.set_attribute(attributes.RECORD_ID, receipt)
         except Exception as fault:  # it would reach the application, and keep the audited body from running
             self._troubles.report("on_start", f"an audit span's start could not be noted ({type(fault).__qualname__})")
@@ -91,8 +128,8 @@ class AuditSpanProcessor(SpanProcessor):
     def on_end(self, span: ReadableSpan) -> None:
         """Capture the span, if it is an audit span, and hand it to the writer."""
         try:
-            for operation in self._operations.end(span, self._exporter.selection.capture):
-                self._writer.submit(operation)
+            for record in self._operations.end(span, self._exporter.selection.capture):
+                self._writer.submit(record)
         except Exception as fault:  # it would reach the application
             self._writer.count_unreadable()
             self._troubles.report("on_end", f"an audit span could not become a record ({type(fault).__qualname__})")
@@ -103,17 +140,17 @@ class AuditSpanProcessor(SpanProcessor):
         Args:
             timeout_millis: how long to wait at most, in milliseconds.
         """
-        for operation in self._operations.orphans():
-            self._writer.submit(operation)
+        for record in self._operations.orphans():
+            self._writer.submit(record)
         return self._writer.flush(timeout_millis / 1000)
 
     def shutdown(self) -> None:
         """Refuse new spans, write what waits for at most `export_timeout_millis`, and close the connection.
 
-        What can't be written by then is lost and counted. Harmless when repeated.
+        What can't be written by then stays in the spool, for the next process. Harmless when repeated.
         """
-        for operation in self._operations.abandon():
-            self._writer.submit(operation)
+        for record in self._operations.abandon():
+            self._writer.submit(record)
         self._writer.stop(self._drain_seconds)
 
     def stats(self) -> dict[str, int]:
@@ -124,3 +161,20 @@ class AuditSpanProcessor(SpanProcessor):
         self._troubles = Troubles(_logger, time.monotonic)
         self._operations.after_fork()
         self._writer.after_fork()
+
+
+def _spool(directory: Path | Literal[False] | None, destination: str, max_bytes: int, fsync: Fsync) -> Spool | None:
+    """Return the spool, or None where there shall be none or can be none."""
+    if directory is False:
+        return None
+    spool = Spool(directory or settings.default_spool_dir(), destination, max_bytes=max_bytes, fsync=fsync)
+    try:
+        spool.prepare()
+    except SpoolError as error:
+        _logger.error(
+            "Audit records are kept in memory only, and a killed process loses them: the spool can't be used, as %s. "
+            "Name a directory of your own with spool_dir=… or OTEL_ASTROCYTE_AUDIT_SPOOL_DIR, or set it to 'off'.",
+            error,
+        )
+        return None
+    return spool

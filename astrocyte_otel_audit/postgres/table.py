@@ -61,6 +61,8 @@ class AuditTable(AuditReader):
         statement_timeout_seconds: float = 30.0,
     ) -> None:
         super().__init__(connections, schema=schema, table=table, statement_timeout_seconds=statement_timeout_seconds)
+        #: This table, as a name without a secret in it.
+        self.destination = f"{connections.database}/{table}"
         self._migrates = migrate
         self._migrated: set[str] = set()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -106,7 +106,7 @@ def set_aside_table(refused: Iterable[SetAside]) -> Table:
     return table
 
 
-def as_json(row: AuditRecord | SetAside) -> str:
+def as_json(row: NamedTuple) -> str:
     """Return a row as one line of JSON; ASCII only, so nothing in it can steer a terminal."""
     return json.dumps(row._asdict(), default=_shown)
 

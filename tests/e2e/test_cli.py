@@ -11,6 +11,8 @@ import psycopg
 import pytest
 
 from astrocyte_otel_audit import cli
+from astrocyte_otel_audit.pipeline.segment import record_frame
+from astrocyte_otel_audit.pipeline.spool import Spool
 from astrocyte_otel_audit.record import AuditRecord, record_id
 
 START = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
@@ -280,3 +282,48 @@ def test_a_table_object_is_closed_by_every_command(command, table, database):
             " 'astrocyte-otel-audit' AND pid <> pg_backend_pid()"
         )
         assert ours.fetchone() == (0,)
+
+
+def leave_in_spool(root, destination="elsewhere"):
+    """Leave what a process leaves that was killed."""
+    spool = Spool(root, destination, max_bytes=10**6)
+    for number in range(3):
+        spool.append(record_frame(record(number)))
+    spool.after_fork()
+
+
+def test_spool_status_of_nothing_says_so(command, tmp_path):
+    code, out, err = command("spool", "status")
+    assert (code, out) == (0, "")
+    assert "is empty" in err
+
+
+def test_spool_status_shows_what_an_ended_process_left(command, tmp_path):
+    leave_in_spool(tmp_path / "spool")
+    code, out, _ = command("spool", "status", "--spool-dir", str(tmp_path / "spool"))
+    assert code == 0
+    assert "2026-01-31 12:00:00" in out
+    code, out, _ = command("spool", "status", "--spool-dir", str(tmp_path / "spool"), "--json")
+    said = json.loads(out)
+    assert (said["alive"], said["destination"], said["records"], said["missing"]) == (False, "elsewhere", 3, 0)
+
+
+def test_spool_replay_leaves_another_destination_alone_unless_it_is_told_not_to(command, table, tmp_path):
+    leave_in_spool(tmp_path / "spool")
+    code, out, _ = command("spool", "replay", "--spool-dir", str(tmp_path / "spool"))
+    assert code == 0
+    assert "0 records of 0 ended processes" in out
+    code, out, _ = command("spool", "replay", "--spool-dir", str(tmp_path / "spool"), "--any-destination")
+    assert code == 0
+    assert "3 records of 1 ended processes" in out
+    assert len(table.search().records) == 3
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_spool_replay_without_postgres_keeps_everything(command, tmp_path):
+    leave_in_spool(tmp_path / "spool")
+    arguments = ("spool", "replay", "--spool-dir", str(tmp_path / "spool"), "--any-destination")
+    code, _, err = command(*arguments, dsn="postgresql://127.0.0.1:1/nowhere")
+    assert code == 3
+    assert "nothing listens" in err
+    assert len(list((tmp_path / "spool").iterdir())) == 1

@@ -245,11 +245,19 @@ def test_a_shutdown_writes_what_waited_for_a_database_that_is_back(own_cluster, 
 
 
 def test_a_shutdown_without_the_database_says_how_many_records_are_lost(audit, provider, recall, said):
-    audit(dsn="postgresql://127.0.0.1:1/audit", export_timeout_millis=100.0)
+    audit(dsn="postgresql://127.0.0.1:1/audit", export_timeout_millis=100.0, spool_dir=False)
     for number in range(3):
         recall(number)
     provider.shutdown()
     assert said()[-1] == "3 audit records could not be written before the shutdown's deadline and are lost."
+
+
+def test_a_shutdown_without_the_database_says_how_many_records_are_in_the_spool(audit, provider, recall, said):
+    audit(dsn="postgresql://127.0.0.1:1/audit", export_timeout_millis=100.0)
+    for number in range(3):
+        recall(number)
+    provider.shutdown()
+    assert said()[-1] == "3 audit records were not written by the shutdown's deadline: they are in the spool."
 
 
 # Not let in: one warning that says what to do, and no trouble for the application.

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from astrocyte_otel_audit.pipeline.parking import Backoff, Numbered, Parking
+from astrocyte_otel_audit.pipeline.backlog import Entry
+from astrocyte_otel_audit.pipeline.parking import Backoff, Parking
 from tests.records import bare_record
 
 #: The schemas of two tenants.
@@ -12,7 +13,12 @@ A, B = "tenant_a", "tenant_b"
 
 
 def items(schema, *numbers):
-    return [Numbered(number, bare_record(number, schema=schema)) for number in numbers]
+    return [Entry(number, schema, bare_record(number, schema=schema)) for number in numbers]
+
+
+def nowhere_else(entry):
+    """As for an entry that is in memory only."""
+    return False
 
 
 def numbers(found):
@@ -35,33 +41,42 @@ def test_a_backoff_doubles_up_to_its_maximum_less_a_jitter(attempt, longest):
 
 def test_nothing_parked_diverts_nothing(parking):
     batch = [*items(A, 0), *items(None, 1)]
-    assert parking.divert(batch, capacity=10) == (batch, [])
+    assert parking.divert(batch, capacity=10, drop=nowhere_else) == (batch, [])
     assert (len(parking), parking.oldest(), parking.next_attempt()) == (0, None, math.inf)
 
 
 def test_a_parked_tenants_next_records_join_it_and_the_others_go_on(parking):
     parking.park(items(A, 0, 1), now=0.0, flush=0)
-    others, overflow = parking.divert([*items(A, 2), *items(B, 3), *items(None, 4), *items(A, 5)], capacity=10)
+    others, overflow = parking.divert(
+        [*items(A, 2), *items(B, 3), *items(None, 4), *items(A, 5)], capacity=10, drop=nowhere_else
+    )
     assert (numbers(others), overflow) == ([3, 4], [])
     assert (len(parking), parking.oldest()) == (4, 0)
 
 
 def test_a_tenant_by_the_default_schema_is_a_tenant_too(parking):
     parking.park(items(None, 0), now=0.0, flush=0)
-    others, _ = parking.divert([*items(None, 1), *items(A, 2)], capacity=10)
+    others, _ = parking.divert([*items(None, 1), *items(A, 2)], capacity=10, drop=nowhere_else)
     assert numbers(others) == [2]
 
 
 def test_what_finds_no_place_overflows_newest_first(parking):
     parking.park(items(A, 0), now=0.0, flush=0)
     parking.park(items(B, 1), now=0.0, flush=0)
-    others, overflow = parking.divert([*items(A, 2, 3), *items(None, 4), *items(B, 5)], capacity=3)
+    others, overflow = parking.divert([*items(A, 2, 3), *items(None, 4), *items(B, 5)], capacity=3, drop=nowhere_else)
     assert (numbers(others), numbers(overflow), len(parking)) == ([4], [3, 5], 3)
+
+
+def test_what_is_on_disk_too_finds_a_place_past_the_capacity(parking):
+    dropped = []
+    parking.park(items(A, 0), now=0.0, flush=0)
+    others, overflow = parking.divert(items(A, 1, 2, 3), capacity=2, drop=lambda entry: not dropped.append(entry))
+    assert (others, overflow, numbers(dropped), len(parking)) == ([], [], [2, 3], 4)
 
 
 def test_records_parked_again_wait_in_front_in_their_order(parking):
     parking.park(items(A, 0, 1), now=0.0, flush=0)
-    parking.divert(items(A, 2, 3), capacity=10)
+    parking.divert(items(A, 2, 3), capacity=10, drop=nowhere_else)
     parking.expedite()
     assert numbers(parking.due(0.0, limit=4)) == [0, 1]
     parking.park(items(A, 0, 1), now=0.0, flush=0)
@@ -115,7 +130,7 @@ def test_while_an_attempt_is_under_way_the_tenant_is_not_due_again(parking):
     assert numbers(parking.due(10.0, limit=1)) == [0]
     assert parking.due(1e9, limit=1) == []
     # It is still parked: what comes now waits behind.
-    assert parking.divert(items(A, 2), capacity=9) == ([], [])
+    assert parking.divert(items(A, 2), capacity=9, drop=nowhere_else) == ([], [])
 
 
 def test_a_released_tenants_backlog_is_due_at_once_and_an_empty_lane_is_gone(parking):
@@ -124,7 +139,8 @@ def test_a_released_tenants_backlog_is_due_at_once_and_an_empty_lane_is_gone(par
     parking.release(A)
     assert numbers(parking.due(10.0, limit=1)) == [1]
     parking.release(A)
-    assert parking.divert(items(A, 2), capacity=9)[0] == items(A, 2)
+    assert parking.divert(items(A, 2), capacity=9, drop=nowhere_else)[1] == []
+    assert len(parking) == 0
 
 
 def test_releasing_a_tenant_that_is_not_parked_is_harmless(parking):

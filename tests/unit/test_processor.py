@@ -135,7 +135,7 @@ def test_what_is_not_audited_has_no_receipt(audit, provider, storage):
 def test_there_is_no_receipt_for_what_will_be_refused(audit, provider, storage):
     held = threading.Event()
     storage.before_append = lambda records: held.wait(20)
-    processor = audit(storage=storage, max_queue_size=1)
+    processor = audit(storage=storage, max_queue_size=1, spool_dir=False)
     assert emit(provider) is not None
     assert emit(provider) is None
     held.set()
@@ -228,17 +228,25 @@ def test_a_required_operation_does_not_run_after_the_shutdown(processor, storage
     assert (required.runs, storage.records) == ([], [])
 
 
-def test_a_required_operation_does_not_run_while_the_queue_is_full(audit, provider, storage, required):
+def test_a_required_operation_does_not_run_while_the_spool_is_full(audit, provider, storage, required):
     held = threading.Event()
     storage.before_append = lambda records: held.wait(20)
-    processor = audit(storage=storage, max_queue_size=1)
-    emit(provider)
+    processor = audit(storage=storage, spool_max_bytes=4_000)
+    while emit(provider) is not None:
+        pass
     with pytest.raises(AuditUnavailableError):
         required("b")
     held.set()
     assert processor.force_flush(10_000)
     required("b")
     assert required.runs == ["b"]
+
+
+def test_a_required_operation_does_not_run_without_a_spool(audit, provider, storage, required):
+    audit(storage=storage, spool_dir=False)
+    with pytest.raises(AuditUnavailableError):
+        required("b")
+    assert required.runs == []
 
 
 async def test_a_required_coroutine_does_not_run_without_a_pipeline(provider):
@@ -297,7 +305,7 @@ def test_the_stats_are_those_of_the_writer_and_the_open_operations(provider, pro
         assert processor.force_flush(10_000)
         assert processor.stats() == {
             "accepted": 1, "waiting": 0, "parked": 0, "stored": 1, "set_aside": 0, "lost": 0,
-            "refused_full": 0, "refused_shutdown": 0, "unreadable": 0, "open": 1,
+            "refused_full": 0, "adopted": 0, "damaged": 0, "refused_shutdown": 0, "unreadable": 0, "open": 1,
         }  # fmt: skip
 
 
