@@ -93,7 +93,7 @@ class AuditReader:
         self.schema = schema
         self.table = table
         self._connections = connections
-        statement_seconds = min(statement_timeout_seconds, _LONGEST_SECONDS)
+        self._statement_seconds = statement_seconds = min(statement_timeout_seconds, _LONGEST_SECONDS)
         timeout, lock_timeout = (
             sql.Literal(f"{max(1, round(seconds * 1000))}ms")
             for seconds in (statement_seconds, min(statement_seconds, LONGEST_LOCK_SECONDS))

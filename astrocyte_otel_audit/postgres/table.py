@@ -102,9 +102,11 @@ class AuditTable(AuditReader):
         return next((fault for fault, _ in result.parked.values()), None) or self._cant_set_aside(schema, [])
 
     def migrate(
-        self, schema: str | None = None, *, create_schema: bool = False, lock_timeout_seconds: float = 30.0
+        self, schema: str | None = None, *, create_schema: bool = False, lock_timeout_seconds: float | None = None
     ) -> list[str]:
         """Create or upgrade one schema's table; see `postgres.migrate.migrate`.
+
+        A lock is waited for as long as a statement may take, unless another time is given.
 
         Raises:
             DatabaseUnavailableError: the server can't be used now.
@@ -117,7 +119,7 @@ class AuditTable(AuditReader):
                     schema or self.schema,
                     self.table,
                     create_schema=create_schema,
-                    lock_timeout_seconds=lock_timeout_seconds,
+                    lock_timeout_seconds=lock_timeout_seconds or self._statement_seconds,
                 )
             except psycopg.Error as error:
                 _fault(error)
@@ -187,7 +189,8 @@ class AuditTable(AuditReader):
     def _try_migrate(self, schema: str) -> Fault | None:
         try:
             # Nobody waits for this process's locks for longer than it would wait itself.
-            self.migrate(schema, create_schema=True, lock_timeout_seconds=LONGEST_LOCK_SECONDS)
+            seconds = min(LONGEST_LOCK_SECONDS, self._statement_seconds)
+            self.migrate(schema, create_schema=True, lock_timeout_seconds=seconds)
         except psycopg.Error as error:
             return classify(error)
         self._migrated.add(schema)  # once: a table that is still refused after it needs a person
