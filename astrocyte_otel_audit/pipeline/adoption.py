@@ -11,6 +11,7 @@ from typing import NamedTuple
 from astrocyte_otel_audit.pipeline.segment import (
     HEADER,
     INTENT,
+    PIECE_BYTES,
     Frame,
     Segment,
     frames,
@@ -19,8 +20,6 @@ from astrocyte_otel_audit.pipeline.segment import (
 )
 from astrocyte_otel_audit.pipeline.spool import LOCK, SUFFIX, remove_directory, try_lock
 from astrocyte_otel_audit.record import AuditRecord
-
-_PIECE_BYTES = 1024 * 1024
 
 
 class Found(NamedTuple):
@@ -103,7 +102,7 @@ class Orphan:
 
     def _read_piece(self, reading: tuple[Segment, int], found: list[Found], limit: int) -> tuple[Segment, int] | None:
         segment, offset = reading
-        data = segment.read(offset, _PIECE_BYTES)
+        data = segment.read(offset, PIECE_BYTES)
         for frame in frames(data, offset):
             if len(found) >= limit:
                 return segment, frame.offset
@@ -112,7 +111,7 @@ class Orphan:
         if data:
             return segment, offset + len(data)
         if offset < segment.size:  # a torn tail
-            self._set_aside(segment, os.pread(segment.descriptor, _PIECE_BYTES, offset))
+            self._set_aside(segment, os.pread(segment.descriptor, PIECE_BYTES, offset))
         segment.sealed = True
         self._let_go(segment)
         return None

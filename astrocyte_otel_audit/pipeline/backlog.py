@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from astrocyte_otel_audit.pipeline.adoption import Orphan, adopt
-from astrocyte_otel_audit.pipeline.segment import INTENT, RECORD, Segment, frames, parse_record, record_frame
+from astrocyte_otel_audit.pipeline.segment import (
+    INTENT,
+    PIECE_BYTES,
+    RECORD,
+    Segment,
+    frames,
+    parse_record,
+    record_frame,
+)
 from astrocyte_otel_audit.pipeline.spool import Spool, SpoolError, SpoolFullError, in_words
 from astrocyte_otel_audit.record import AuditRecord, ns_from_datetime, record_id
 
 #: Action of the row that stands for operations that could not be accepted.
 GAP_ACTION: Final = "audit.gap"
-#: Bytes that are read of a segment at once.
-_PIECE_BYTES = 1024 * 1024
 #: Most records are smaller in the spool.
 _RECORD_BYTES = 1024
 
@@ -66,7 +72,8 @@ class Backlog:
         self._found: deque[Entry] = deque()
         self._gap: AuditRecord | None = None
         self._gaps = 0
-        #: Records accepted, taken out of here, and done with, whatever became of them; those found count too.
+        #: Records accepted, taken out of here, and done with, whatever became of them. Those
+        #: that dead processes left are accepted when they are taken.
         self.accepted = self.taken = self.settled = 0
         #: Records refused, found in what dead processes left, and lost as their place in the spool is damaged.
         self.refused = self.adopted = self.damaged = 0
@@ -129,7 +136,10 @@ class Backlog:
         """Return the oldest entries in memory, at most `limit`. They stay the backlog's concern until settled."""
         taken = [self._window.popleft() for _ in range(min(limit, len(self._window)))]
         if not self._spilled:
-            taken += (self._found.popleft() for _ in range(min(limit - len(taken), len(self._found))))
+            found = [self._found.popleft() for _ in range(min(limit - len(taken), len(self._found)))]
+            taken += found
+            self.accepted += len(found)
+            self.adopted += len(found)
         for number, entry in enumerate(taken, self.taken):
             entry.number = number
         self.taken += len(taken)
@@ -196,8 +206,8 @@ class Backlog:
                     self.damaged += entry.record is None
 
     def unsettled(self) -> int:
-        """Return how many accepted records are not settled; those that dead processes left, once they are taken."""
-        return self.accepted - self.settled - len(self._found)
+        """Return how many accepted records are not settled."""
+        return self.accepted - self.settled
 
     def has_found(self) -> bool:
         """Say whether something that dead processes left is still to be taken. Needs no lock."""
@@ -222,7 +232,7 @@ class Backlog:
         segment, offset = at
         entries: list[Entry] = []
         damaged = 0
-        data = segment.read(offset, _PIECE_BYTES)
+        data = segment.read(offset, PIECE_BYTES)
         for frame in frames(data, offset):
             if len(entries) + damaged == wanted:
                 break
@@ -246,17 +256,16 @@ class Backlog:
 
     def _read_orphan(self, orphan: Orphan, limit: int) -> None:
         try:
-            found = orphan.read(limit)
-        except OSError as error:
-            self.trouble = f"what process {orphan.path.name} has left can't be read: {os.strerror(error.errno or 0)}"
+            with in_words(f"what process {orphan.path.name} has left can't be read"):
+                found = orphan.read(limit)
+        except SpoolError as error:
+            self.trouble = str(error)
             orphan.close()
             orphan.exhausted, found = True, []
         with self._lock:
             self._found += (
                 Entry(0, each.record.schema, each.record, each.segment, each.offset, orphan) for each in found
             )
-            self.accepted += len(found)
-            self.adopted += len(found)
             self._in_memory += len(found)
             if orphan.exhausted:
                 self.damaged += orphan.damaged
@@ -289,17 +298,17 @@ class Backlog:
                 return False
             except SpoolError as error:  # a disk that fails, not a cap that was set: better in memory than nowhere
                 self.trouble = str(error)
+        fits_in_memory = not self._spilled and self._in_memory < self._memory_limit
+        if segment is None and not fits_in_memory:
+            return False
         self.accepted += 1
-        if not self._spilled and self._in_memory < self._memory_limit:
+        if fits_in_memory:
             self._window.append(Entry(0, record.schema, record, segment, offset))
             self._in_memory += 1
         elif segment is not None:
             if not self._spilled:
                 self._spill_at = (segment, offset)
             self._spilled += 1
-        else:
-            self.accepted -= 1
-            return False
         return True
 
     def _widen_gap(self, record: AuditRecord) -> None:

@@ -57,7 +57,7 @@ class Delivery:
         """Write a batch once. None means that it has to be given again: Postgres is away. Never raises."""
         try:
             appended = self._exporter.write([entry.record for entry in batch if entry.record is not None])
-            waiting_ids = {record.id for _, parked in appended.parked.values() for record in parked}
+            waiting_ids = appended.waiting_ids()
             refused_ids = {record.id for record, _ in appended.set_aside}
         except DatabaseUnavailableError as unavailable:
             self._away(str(unavailable))

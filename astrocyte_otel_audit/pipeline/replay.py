@@ -100,7 +100,7 @@ def replay(
         try:
             while found := orphan.read(_BATCH):
                 appended = exporter.write([each.record for each in found])
-                waiting = {record.id for _, parked in appended.parked.values() for record in parked}
+                waiting = appended.waiting_ids()
                 for each in found:
                     if each.record.id not in waiting:
                         orphan.settle(each.segment)

@@ -28,6 +28,8 @@ HEADER: Final = b"H"
 RECORD: Final = b"R"
 INTENT: Final = b"I"
 
+#: Bytes that are read or copied of a segment at once.
+PIECE_BYTES: Final = 1024 * 1024
 #: Where the JSON begins in a line.
 _PREFIX_BYTES: Final = len(b"R 00000000 00000000 ")
 _FIELDS: Final = list(AuditRecord._fields)

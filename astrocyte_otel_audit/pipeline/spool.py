@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from astrocyte_otel_audit.pipeline.segment import Segment, header_frame, padded, record_frame
+from astrocyte_otel_audit.pipeline.segment import PIECE_BYTES, Segment, header_frame, padded, record_frame
 from astrocyte_otel_audit.record import AuditRecord
 
 try:
@@ -40,7 +40,6 @@ _GAP_BYTES = 2048
 #: A segment that has grown to this is followed by the next. A killed process's last ones are written once more.
 _SEGMENT_BYTES = 4 * 1024 * 1024
 _SYNC_SECONDS = 1.0
-_PIECE_BYTES = 1024 * 1024
 
 
 class SpoolError(Exception):
@@ -128,7 +127,7 @@ class Spool:
         """
         if not promised and not self.has_room(len(line)):
             raise SpoolFullError(f"it is full: {self._max_bytes} bytes (spool_max_bytes)")
-        try:
+        try:  # and not in_words(), which would cost each call a microsecond
             segment = self._current()
             offset = segment.size
             self._write(segment, line)
@@ -137,7 +136,7 @@ class Spool:
             else:
                 self._unsynced = True
         except OSError as error:
-            raise SpoolError(f"it can't be written: {os.strerror(error.errno or 0)}") from None
+            raise _worded("it can't be written", error) from None
         segment.unsettled += 1
         if segment.size >= self._segment_bytes:
             segment.sealed = True
@@ -178,8 +177,13 @@ class Spool:
                 os.fdatasync(segment.descriptor)
 
     def missing(self) -> list[Segment]:
-        """Return the segments whose files were deleted or moved. Needs no lock."""
-        return [segment for segment in list(self.segments) if not segment.is_in_place()]
+        """Return the segments whose files were deleted or moved. Needs no lock.
+
+        Raises:
+            SpoolError: they can't be looked at.
+        """
+        with in_words("its files can't be looked at"):
+            return [segment for segment in list(self.segments) if not segment.is_in_place()]
 
     def put_back(self, missing: list[Segment]) -> None:
         """Write files again, from their open descriptors, which still have all of them.
@@ -194,8 +198,8 @@ class Spool:
                 segment.path = self._path / segment.path.name
                 again = _create(segment.path)
                 try:
-                    for offset in range(0, segment.size, _PIECE_BYTES):
-                        os.write(again, os.pread(segment.descriptor, min(_PIECE_BYTES, segment.size - offset), offset))
+                    for offset in range(0, segment.size, PIECE_BYTES):
+                        os.write(again, os.pread(segment.descriptor, min(PIECE_BYTES, segment.size - offset), offset))
                     os.dup2(again, segment.descriptor, inheritable=False)
                 finally:
                     os.close(again)
@@ -267,7 +271,7 @@ class Spool:
         hidden.mkdir(mode=0o700)
         lock = _create(hidden / LOCK)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        gap = os.open(hidden / GAP, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        gap = _create(hidden / GAP, appending=False)  # it is written over
         os.pwrite(gap, _gap_line(self.destination, None), 0)
         hidden.rename(self.root / token)
         self._close_directory()  # the one that this stands in for
@@ -312,8 +316,9 @@ def try_lock(path: Path) -> int | None:
     return descriptor
 
 
-def _create(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _create(path: Path, *, appending: bool = True) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    return os.open(path, flags | os.O_APPEND if appending else flags, 0o600)
 
 
 @contextlib.contextmanager
@@ -322,4 +327,8 @@ def in_words(trouble: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SpoolError(f"{trouble}: {os.strerror(error.errno or 0)}") from None
+        raise _worded(trouble, error) from None
+
+
+def _worded(trouble: str, error: OSError) -> SpoolError:
+    return SpoolError(f"{trouble}: {os.strerror(error.errno or 0)}")

@@ -186,7 +186,7 @@ class Writer:
                 lost, left, parked = lost + left, 0, 0
             return {
                 "accepted": backlog.accepted - backlog.adopted,
-                "adopted": backlog.adopted - (backlog.accepted - backlog.settled - backlog.unsettled()),
+                "adopted": backlog.adopted,
                 "waiting": left - parked,
                 "parked": parked,
                 "stored": counts["stored"],
@@ -287,10 +287,8 @@ class Writer:
                 self._adopt_at = now + _ADOPT_SECONDS
                 if found := self._backlog.adopt():
                     _logger.info("Audit records that ended processes have left are written now: %s.", ", ".join(found))
-        except (SpoolError, OSError) as error:
-            self._troubles.report(
-                "spool", f"the spool has trouble: {error.strerror if isinstance(error, OSError) else error}"
-            )
+        except SpoolError as error:
+            self._troubles.report("spool", f"the spool has trouble: {error}")
         if self._backlog.trouble is not None:
             self._troubles.report("spool", f"the spool has trouble: {self._backlog.trouble}")
 

@@ -35,6 +35,10 @@ class Appended:
     #: Records that can never be stored, each with the reason; they are in the side table.
     set_aside: list[tuple[AuditRecord, Fault]] = field(default_factory=list)
 
+    def waiting_ids(self) -> set[str]:
+        """Return the ids of the records that are parked."""
+        return {record.id for _, records in self.parked.values() for record in records}
+
     def park(self, schema: str, fault: Fault, records: Sequence[AuditRecord]) -> None:
         """Let records wait for their schema; the reason that was found first is told."""
         self.parked.setdefault(schema, (fault, []))[1].extend(records)
