@@ -9,6 +9,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from opentelemetry import trace
+from opentelemetry.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider as SDKTracerProvider
 from opentelemetry.trace import NoOpTracer, ProxyTracerProvider, TracerProvider
 
@@ -17,6 +18,7 @@ from astrocyte_otel_audit._version import __version__
 from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.normalize import Normalizer
 from astrocyte_otel_audit.pipeline import AuditSampler, AuditSpanExporter, AuditSpanProcessor, SpanMapping, Storage
+from astrocyte_otel_audit.pipeline.exporter import Elsewhere
 from astrocyte_otel_audit.pipeline.spool import Fsync
 from astrocyte_otel_audit.postgres import dsn_of_pool
 
@@ -42,15 +44,19 @@ def configure_audit(
     normalizer: Normalizer | None = None,
     tracer_provider: TracerProvider | None = None,
     create_provider: bool = True,
+    writer: Literal["thread", "external"] | None = None,
+    destination: str | None = None,
     spool_dir: str | os.PathLike[str] | Literal[False] | None = None,
     spool_max_bytes: int | None = None,
     spool_fsync: Fsync | None = None,
+    spool_keep_seconds: float | None = None,
     on_full: Literal["drop", "block"] | None = None,
     on_full_timeout_millis: float | None = None,
     max_queue_size: int | None = None,
     schedule_delay_millis: float | None = None,
     max_export_batch_size: int | None = None,
     export_timeout_millis: float | None = None,
+    meter_provider: MeterProvider | None = None,
 ) -> AuditSpanProcessor:
     """Set the audit up: the sampler around the provider's own, the processor, its exporter and the table.
 
@@ -73,8 +79,12 @@ def configure_audit(
             don't know which pipeline will take them, so a second one replaces the first, with a warning.
         tracer_provider: where to attach; by default the global one.
         create_provider: make and set a global provider where there is none.
-        spool_dir, spool_max_bytes, spool_fsync, on_full, on_full_timeout_millis, max_queue_size, schedule_delay_millis,
-        max_export_batch_size, export_timeout_millis: as in `AuditSpanProcessor`.
+        writer: ``thread``, or ``external``: this process has no connection and no thread; the command
+            `astrocyte-otel-audit writer` writes what is in the spool.
+        destination: a name for where records go, the same for all that shall write each other's; by default made of
+            the DSN, or ``default`` with an external writer.
+        spool_dir, spool_max_bytes, spool_fsync, spool_keep_seconds, on_full, on_full_timeout_millis, max_queue_size,
+        schedule_delay_millis, max_export_batch_size, export_timeout_millis, meter_provider: as in `AuditSpanProcessor`.
 
     Returns:
         The processor: `force_flush`, `stats` and `shutdown` are its own. The provider's shutdown is enough.
@@ -82,16 +92,25 @@ def configure_audit(
     Raises:
         ConfigurationError: an argument or variable that can't be used. Nothing was attached then.
     """
+    if settings.resolve("writer", writer) == "external":
+        if dsn is not None or pool is not None or storage is not None:
+            raise ConfigurationError(
+                "writer", "external writes through no connection of this process: leave out dsn, pool and storage"
+            )
+        storage = Elsewhere()
+        destination = settings.resolve("destination", destination) or settings.DEFAULT_DESTINATION
     exporter = AuditSpanExporter(
         dsn=dsn, pool=pool, storage=storage, actions=actions, mappings=mappings, schema=schema, table=table,
-        migrate=migrate, export_timeout_millis=export_timeout_millis,
+        migrate=migrate, destination=destination, export_timeout_millis=export_timeout_millis,
     )  # fmt: skip
     if normalizer is not None and not isinstance(normalizer, Normalizer):
         raise ConfigurationError("normalizer", f"got a {type(normalizer).__name__}; accepted is a Normalizer")
     sizes: dict[str, Any] = {
+        "writer": writer,
         "spool_dir": spool_dir,
         "spool_max_bytes": spool_max_bytes,
         "spool_fsync": spool_fsync,
+        "spool_keep_seconds": spool_keep_seconds,
         "on_full": on_full,
         "on_full_timeout_millis": on_full_timeout_millis,
         "max_queue_size": max_queue_size,
@@ -102,7 +121,7 @@ def configure_audit(
     # Before a provider is made and set, which can't be taken back.
     sizes = {name: settings.resolve(name, size) for name, size in sizes.items()}
     provider = _provider(tracer_provider, create=create_provider)
-    processor = AuditSpanProcessor(exporter, **sizes)
+    processor = AuditSpanProcessor(exporter, meter_provider=meter_provider, **sizes)
     try:
         if normalizer is not None:
             _normalize_all_by(normalizer)

@@ -17,9 +17,12 @@ from astrocyte_otel_audit.errors import ConfigurationError
 PREFIX: Final = "OTEL_ASTROCYTE_AUDIT_"
 DEFAULT_TABLE: Final = "astrocyte_audit_log"
 DEFAULT_SCHEMA: Final = "public"
+DEFAULT_ROLE_PREFIX: Final = "astrocyte_audit"
 
 #: Postgres cuts names at 63 bytes; the longest name derived from the table's has 19 more than it.
 _MAX_TABLE_NAME = 44
+#: The longest that a role's name has more than the prefix: _sweeper.
+_MAX_ROLE_PREFIX = 55
 #: Milliseconds that a timeout of Postgres can be: 24 days.
 _MAX_MILLIS = 2_147_483_647
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
@@ -83,6 +86,11 @@ def is_identifier(value: object) -> bool:
     return True
 
 
+def role_prefix(value: object, source: str) -> str:
+    """Return what the names of the roles begin with, checked as `identifier` does."""
+    return identifier(value, source, longest=_MAX_ROLE_PREFIX)
+
+
 def _table(value: object, source: str) -> str:
     return identifier(value, source, longest=_MAX_TABLE_NAME)
 
@@ -116,6 +124,14 @@ def actions(value: object, source: str) -> tuple[str, ...]:
     return members
 
 
+def _name(value: object, source: str) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_.:/-]{1,64}", value):
+        raise ConfigurationError(
+            source, f"got {_shown(value)}; accepted is a name of up to 64 of A-Z a-z 0-9 _ . : / -"
+        )
+    return value
+
+
 def _mappings(value: object, source: str) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise ConfigurationError(
@@ -134,6 +150,10 @@ def _spool_dir(value: object, source: str) -> Path | Literal[False]:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ConfigurationError(source, f"got {_shown(value)}; accepted is a directory, or False for no spool")
     return Path(os.fspath(value)).expanduser().absolute()
+
+
+#: Where records go that another process writes, unless they have a place by another name.
+DEFAULT_DESTINATION: Final = "default"
 
 
 def default_spool_dir(environ: Mapping[str, str] | None = None) -> Path:
@@ -167,6 +187,12 @@ def positive_number(value: object, source: str) -> float:
     """Return a number above 0 that Postgres and a thread can wait for, or raise `ConfigurationError`."""
     if type(value) not in (int, float) or not 0 < value <= _MAX_MILLIS:  # type: ignore[operator]
         raise ConfigurationError(source, f"got {_shown(value)}; accepted is a number above 0, at most {_MAX_MILLIS}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _not_negative(value: object, source: str) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 86_400:  # type: ignore[operator]
+        raise ConfigurationError(source, f"got {_shown(value)}; accepted is a number of seconds from 0 to 86400")
     return float(value)  # type: ignore[arg-type]
 
 
@@ -211,6 +237,18 @@ SETTINGS: Final[Mapping[str, Setting]] = {
         _setting("table", DEFAULT_TABLE, _table, "Name of the table, the same in every schema."),
         _setting("migrate", False, boolean, "Create or upgrade missing tables, and tenants' schemas.", _parse_boolean),
         _setting(
+            "writer",
+            "thread",
+            one_of("thread", "external"),
+            "Who writes: a thread of this process, or `astrocyte-otel-audit writer` beside it.",
+        ),
+        _setting(
+            "destination",
+            None,
+            _name,
+            "Name of the place where records go, for who shares a spool; made of the DSN by default, or 'default'.",
+        ),
+        _setting(
             "spool_dir",
             None,
             _spool_dir,
@@ -222,6 +260,13 @@ SETTINGS: Final[Mapping[str, Setting]] = {
         ),
         _setting(
             "spool_fsync", "interval", one_of("never", "interval", "always"), "When the spool is synced to its disk."
+        ),
+        _setting(
+            "spool_keep_seconds",
+            0.0,
+            _not_negative,
+            "Seconds that a part of the spool stays after it is in the table, to be written again after a failover.",
+            float,
         ),
         _setting("on_full", "drop", one_of("drop", "block"), "What a call does where the spool is full."),
         _setting(

@@ -6,7 +6,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from astrocyte_otel_audit import AuditRecord
-from astrocyte_otel_audit.record import record_id
+from astrocyte_otel_audit.attributes import METADATA, REQUEST, RESPONSE
+from astrocyte_otel_audit.pipeline.captured import Captured
+from astrocyte_otel_audit.record import ns_from_datetime, record_id
 
 #: When the first record's operation started; each number is a second later.
 BASE = datetime(2026, 3, 4, 5, 6, 7, 891011, tzinfo=UTC)
@@ -53,3 +55,41 @@ def bare_record(number: int = 0, **changes: Any) -> AuditRecord:
         "span_id", "parent_span_id", "sampled", "service_name",
     ))  # fmt: skip
     return full_record(number, **{"metadata": {}, **nothing, **changes})
+
+
+def captured_of(record: AuditRecord, **changes: Any) -> Captured:
+    """Return the operation whose record that is, but for what only the table knows."""
+    payloads = ((REQUEST, record.request), (RESPONSE, record.response), (METADATA, record.metadata))
+    captured = Captured(
+        id=record.id,
+        action=record.action,
+        schema=record.schema,
+        transport=record.transport,
+        bank_id=record.bank_id,
+        actor_id=record.actor_id,
+        actor_type=record.actor_type,
+        outcome=record.outcome or "unknown",
+        error_type=record.error_type,
+        start_ns=ns_from_datetime(record.started_at),
+        end_ns=None if record.ended_at is None else ns_from_datetime(record.ended_at),
+        trace_id=record.trace_id,
+        span_id=record.span_id,
+        parent_span_id=record.parent_span_id,
+        sampled=record.sampled,
+        service_name=record.service_name,
+        dropped=0,
+        payload={key: value for prefix, tree in payloads for key, value in _flat(tree or {}, prefix)},
+    )
+    return captured._replace(**changes)
+
+
+def full_captured(number: int = 0, **changes: Any) -> Captured:
+    """Return the operation of `full_record`; ``changes`` are a record's."""
+    return captured_of(full_record(number, **changes))
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return flat

@@ -1,24 +1,39 @@
-"""Adoption: reading what another process has put into the spool, and clearing it away once it is settled."""
+"""Adoption: reading what another process has put into the spool, and clearing it away once it is settled.
+
+Of a process that has ended, whoever locks its directory takes over what it left. Of a process that lives and leaves
+writing to another, segments are read while they grow, and a file in its directory tells it how far that has come.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, write_acknowledged
+from astrocyte_otel_audit.pipeline.captured import Captured, filled, to_record
+from astrocyte_otel_audit.pipeline.directory import (
+    GAP,
+    LOCK,
+    SUFFIX,
+    destination_of,
+    directories,
+    remove,
+    try_lock,
+)
 from astrocyte_otel_audit.pipeline.segment import (
     HEADER,
-    INTENT,
     PIECE_BYTES,
+    PROVISIONAL,
+    FileSegment,
     Frame,
     Segment,
     frames,
+    parse_captured,
     parse_header,
-    parse_record,
 )
-from astrocyte_otel_audit.pipeline.spool import LOCK, SUFFIX, remove_directory, try_lock
 from astrocyte_otel_audit.record import AuditRecord
 
 
@@ -27,62 +42,140 @@ class Found(NamedTuple):
 
     record: AuditRecord
     segment: Segment
-    #: Where it is in there; -1 for an intent, which is not what the record says.
+    #: Where it is in there.
     offset: int
 
 
-class Orphan:
-    """The directory of a dead process, locked by this one. Not thread-safe.
+class SpoolReader:
+    """Reads the directory of another process. Not thread-safe.
 
     Args:
         path: the directory.
-        lock: descriptor of its lock, held; closed by `close`.
+        lock: descriptor of its lock, held, where its process has ended; closed by `close`. None while that lives.
     """
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, lock: int | None) -> None:
         self.path = path
-        self._lock: int | None = lock
-        #: Segments that aren't read to their end, and those that are and hold something unsettled.
-        self._unread: list[Path] = sorted(path.glob(f"*{SUFFIX}"))
+        self._lock = lock
+        #: Names of the segments that were opened, and those that hold something unsettled.
+        self._seen: set[str] = set()
         self._open: list[Segment] = []
-        self._reading: tuple[Segment, int] | None = None
-        #: Operations that had begun, by their id, until their record is found.
-        self._intents: dict[str, Found] = {}
-        #: Lines that could not be read.
+        self._reading: tuple[FileSegment, int] | None = None
+        #: What is known so far of rows, by their id, until their record is found.
+        self._provisional: dict[str, list[tuple[Captured, Segment, int]]] = {}
+        #: Those that were read and are not settled, oldest first: the number of their segment, and their offset.
+        self._unsettled: dict[tuple[int, int], None] = {}
+        self._acknowledged = Acknowledged(0, 0, 0, 0)
+        #: Lines that are damaged.
         self.damaged = 0
+        #: It could not be read, and is left alone for a while.
+        self.rests = False
         #: Everything was read, and everything that was read is settled and gone.
         self.exhausted = self.settled = False
 
-    def read(self, limit: int) -> list[Found]:
-        """Return the next records, `limit` of them; fewer at the end only.
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process lives, as far as is known."""
+        return self._lock is None
 
-        An operation that had begun and has no record gives one at the end: its outcome is unknown.
+    def look_after(self) -> None:
+        """Lock the directory, if its process has ended meanwhile, and find the file that is read, if it was made anew.
+
+        Raises:
+            OSError: there is no looking.
+        """
+        if self._lock is not None or self.exhausted:
+            return
+        self._lock = try_lock(self.path / LOCK)
+        if self._lock is None and not (self.path / LOCK).exists():  # whoever took it over is done with it
+            self.exhausted = True
+            for segment in list(self._open):
+                segment.sealed = True
+                self._let_go(segment)
+            self._leave()
+        elif self._reading is not None:
+            segment = self._reading[0]
+            if not segment.is_in_place():
+                with contextlib.suppress(FileNotFoundError):  # until its process has put it back
+                    segment.reopen()
+            os.fdatasync(segment.descriptor)  # which its process leaves to this one
+
+    def has_more(self) -> bool:
+        """Say whether there is something to read."""
+        if self.exhausted or self.rests:
+            return False
+        if self._lock is not None:
+            return True
+        with contextlib.suppress(OSError):
+            if self._reading is not None:
+                segment, offset = self._reading
+                return os.fstat(segment.descriptor).st_size > offset or bool(self._unread())
+            return bool(self._unread())
+        return False
+
+    def read(self, limit: int) -> list[Found]:
+        """Return the next records, about `limit` of them; fewer where there are no more, for now or at the end.
+
+        Provisional ones come at the end, where no record of their row was found.
+
+        Raises:
+            OSError: it can't be read. What was read before is not lost.
         """
         found: list[Found] = []
-        while len(found) < limit and (reading := self._reading or self._next()) is not None:
-            self._reading = self._read_piece(reading, found, limit)
-        if len(found) < limit and self._intents:
-            found += (
-                Found(begun.record._replace(outcome="unknown", ended_at=None), begun.segment, -1)
-                for begun in self._intents.values()
-            )
-            self._intents.clear()
+        try:
+            while len(found) < limit and (self._reading is not None or self._next()):
+                if not self._read_piece(found, limit):
+                    break
+        except OSError:
+            if found:
+                return found  # it will come again
+            raise
+        if self._lock is None:
+            return found
+        while len(found) < limit and self._provisional:
+            found += _known_so_far(self._provisional.pop(next(iter(self._provisional))))
         if len(found) < limit:
             self.exhausted = True
             self._leave()
         return found
 
-    def settle(self, segment: Segment) -> None:
-        """Take one record of a segment for settled; what holds nothing else goes, and the directory after the last."""
-        segment.unsettled -= 1
+    def settle(self, segment: Segment, offset: int, *, stored: bool = True) -> None:
+        """Take one record of a segment for settled; what holds nothing else goes, and the directory after the last.
+
+        Args:
+            segment, offset: where it is.
+            stored: it is in the table.
+        """
+        if isinstance(segment, FileSegment):
+            self._unsettled.pop((segment.number, offset), None)
+        done = self._acknowledged
+        self._acknowledged = done._replace(stored=done.stored + stored, refused=done.refused + (not stored))
+        segment.settle(offset)
         self._let_go(segment)
+
+    def acknowledge(self) -> None:
+        """Tell a process that lives how far its operations are settled.
+
+        Raises:
+            OSError: it can't be told.
+        """
+        if self._lock is not None:
+            return
+        at = next(iter(self._unsettled), None)
+        if at is None and self._reading is not None:
+            at = self._reading[0].number, self._reading[1]
+        if at is not None:
+            done = self._acknowledged._replace(segment=at[0], offset=at[1])
+            if done != self._acknowledged:
+                self._acknowledged = done
+                write_acknowledged(self.path, done)
 
     def close(self) -> None:
         """Let another process have what is not settled."""
         for segment in self._open:
             segment.close()
         self._open.clear()
-        self._unread.clear()
+        self._reading = None
         self._close_lock()
 
     def _close_lock(self) -> None:
@@ -90,51 +183,75 @@ class Orphan:
         if lock is not None:
             os.close(lock)
 
-    def _next(self) -> tuple[Segment, int] | None:
-        while self._unread:
-            path = self._unread.pop(0)
-            with contextlib.suppress(FileNotFoundError):  # a person may have taken it away since it was listed
-                segment = Segment(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-                segment.size = os.fstat(segment.descriptor).st_size
-                self._open.append(segment)
-                return segment, 0
-        return None
+    def _unread(self) -> list[Path]:
+        """Return the segments that were not opened, oldest first. A gap is its process's own until that has ended."""
+        paths = (path for path in self.path.glob(f"*{SUFFIX}") if path.name not in self._seen)
+        return sorted(path for path in paths if self._lock is not None or path.name != GAP)
 
-    def _read_piece(self, reading: tuple[Segment, int], found: list[Found], limit: int) -> tuple[Segment, int] | None:
-        segment, offset = reading
+    def _next(self) -> bool:
+        for path in self._unread():
+            self._seen.add(path.name)
+            with contextlib.suppress(FileNotFoundError):  # a person may have taken it away since it was listed
+                segment = FileSegment(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                self._open.append(segment)
+                self._reading = segment, 0
+                return True
+        return False
+
+    def _read_piece(self, found: list[Found], limit: int) -> bool:
+        """Read on where it was left; False where there is nothing more for now."""
+        if self._reading is None:
+            return False
+        segment, offset = self._reading
+        # Before it is read: what is written afterwards may be followed by another segment.
+        is_final = self._lock is not None or bool(self._unread())
         data = segment.read(offset, PIECE_BYTES)
         for frame in frames(data, offset):
             if len(found) >= limit:
-                return segment, frame.offset
+                self._reading = segment, frame.offset
+                return True
             if not self._take(segment, frame, found):
                 self._set_aside(segment, frame.content)
         if data:
-            return segment, offset + len(data)
+            self._reading = segment, offset + len(data)
+            return True
+        if not is_final:
+            return False
+        segment.size = os.fstat(segment.descriptor).st_size
         if offset < segment.size:  # a torn tail
             self._set_aside(segment, os.pread(segment.descriptor, PIECE_BYTES, offset))
+        self._reading = None
         segment.sealed = True
         self._let_go(segment)
-        return None
+        return True
 
-    def _take(self, segment: Segment, frame: Frame, found: list[Found]) -> bool:
+    def _take(self, segment: FileSegment, frame: Frame, found: list[Found]) -> bool:
         if frame.kind == HEADER:
             header = parse_header(frame.content)
             segment.fields = header.fields if header else None
             return header is not None
-        record = parse_record(frame.content, segment.fields) if frame.kind else None
-        if record is None:
+        captured = parse_captured(frame.content, segment.fields) if frame.kind else None
+        if captured is None:
             return False
         segment.unsettled += 1
-        if frame.kind == INTENT:
-            self._intents[record.id] = Found(record, segment, -1)
+        if captured.replaces is not None:
+            self._forget(captured.replaces)
+        if frame.kind == PROVISIONAL:
+            self._provisional.setdefault(captured.id, []).append((captured, segment, frame.offset))
             return True
-        if (begun := self._intents.pop(record.id, None)) is not None:
-            self.settle(begun.segment)
-        found.append(Found(record, segment, frame.offset))
+        self._forget(captured.id)
+        self._unsettled[segment.number, frame.offset] = None
+        found.append(Found(to_record(captured), segment, frame.offset))
         return True
 
+    def _forget(self, row_id: str) -> None:
+        """Take what was known so far of a row for settled."""
+        for _, segment, offset in self._provisional.pop(row_id, ()):
+            segment.settle(offset)
+            self._let_go(segment)
+
     def _let_go(self, segment: Segment) -> None:
-        if segment.sealed and not segment.unsettled:
+        if segment.sealed and not segment.unsettled and segment in self._open:
             self._open.remove(segment)
             segment.remove()
             self._leave()
@@ -143,12 +260,13 @@ class Orphan:
         if self.exhausted and not self._open and not self.settled:
             self.settled = True
             with contextlib.suppress(OSError):  # somebody has put something of theirs into it
-                remove_directory(self.path)
+                remove(self.path)
             self._close_lock()
 
-    def _set_aside(self, segment: Segment, line: bytes) -> None:
+    def _set_aside(self, segment: FileSegment, line: bytes) -> None:
         """Keep a line that can't be read, beside the process's directory, for a person to look at."""
         self.damaged += 1
+        self._acknowledged = self._acknowledged._replace(refused=self._acknowledged.refused + 1)
         name = self.path.parent / f"damaged-{self.path.name}-{segment.path.stem}"
         descriptor = os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -157,38 +275,48 @@ class Orphan:
             os.close(descriptor)
 
 
-def adopt(root: Path, destination: str | None) -> Iterator[Orphan]:
-    """Yield what dead processes with that destination have left, each locked for this one.
+def _known_so_far(places: list[tuple[Captured, Segment, int]]) -> list[Found]:
+    """Return the record of a row whose operation never ended, once for each place where something of it is."""
+    known = places[0][0]
+    for captured, _, _ in places[1:]:
+        known = filled(known, captured)
+    return [Found(to_record(known), segment, offset) for _, segment, offset in places]
+
+
+def adopt(root: Path, destinations: Collection[str] | None) -> Iterator[SpoolReader]:
+    """Yield what dead processes with one of those destinations have left, each locked for this one.
 
     Args:
         root: the spool's directory.
-        destination: where their records belong; None for any.
+        destinations: where their operations belong; None for any.
     """
-    for path in sorted(directories(root)):
+    for path in _with_destination(root, destinations):
         with contextlib.suppress(FileNotFoundError):  # somebody else has cleared it away since it was listed
-            if destination is not None and any(path.glob(f"*{SUFFIX}")) and destination_of(path) != destination:
-                continue
             if (lock := try_lock(path / LOCK)) is None:
                 continue
             if (path / LOCK).exists():
-                yield Orphan(path, lock)
+                yield SpoolReader(path, lock)
             else:
                 os.close(lock)
 
 
-def destination_of(path: Path) -> str | None:
-    """Return where the records of a process's directory belong; None where none of its segments says so."""
-    for segment in sorted(path.glob(f"*{SUFFIX}")):
-        with contextlib.suppress(OSError), segment.open("rb") as file:
-            for frame in frames(file.readline()):
-                if frame.kind == HEADER and (header := parse_header(frame.content)) is not None:
-                    return header.destination
-    return None
+def tail(root: Path, destinations: Collection[str], known: Collection[Path]) -> Iterator[SpoolReader]:
+    """Yield what processes have in the spool that are not known yet, whether they live or not.
+
+    Args:
+        root: the spool's directory.
+        destinations: where their operations belong.
+        known: directories that are read already.
+    """
+    for path in _with_destination(root, destinations):
+        if path not in known:
+            reader = SpoolReader(path, None)
+            reader.look_after()
+            yield reader
 
 
-def directories(root: Path) -> list[Path]:
-    """Return the directories of the processes that use a spool, or did."""
-    with contextlib.suppress(OSError):
-        # One that begins with a dot isn't locked yet.
-        return [path for path in root.iterdir() if path.name[0] != "." and (path / LOCK).is_file()]
-    return []
+def _with_destination(root: Path, destinations: Collection[str] | None) -> Iterator[Path]:
+    for path in sorted(directories(root)):
+        with contextlib.suppress(FileNotFoundError):
+            if destinations is None or not any(path.glob(f"*{SUFFIX}")) or destination_of(path) in destinations:
+                yield path

@@ -1,141 +1,165 @@
-"""The backlog: what was accepted and is not settled. On disk where there is a spool, in memory up to a limit."""
+"""The backlog: what was accepted and is not settled, in the spool; the oldest of it in memory, to be written next."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from astrocyte_otel_audit.pipeline.adoption import Orphan, adopt
+from astrocyte_otel_audit import attributes
+from astrocyte_otel_audit.pipeline.adoption import SpoolReader, adopt, tail
+from astrocyte_otel_audit.pipeline.captured import Captured, to_record
+from astrocyte_otel_audit.pipeline.directory import SpoolError, clear_unfinished, in_words, worded
 from astrocyte_otel_audit.pipeline.segment import (
-    INTENT,
+    HEADER,
     PIECE_BYTES,
+    PROVISIONAL,
     RECORD,
+    MemorySegment,
     Segment,
+    captured_frame,
     frames,
-    parse_record,
-    record_frame,
+    parse_captured,
 )
-from astrocyte_otel_audit.pipeline.spool import Spool, SpoolError, SpoolFullError, in_words
-from astrocyte_otel_audit.record import AuditRecord, ns_from_datetime, record_id
+from astrocyte_otel_audit.pipeline.spool import Spool
+from astrocyte_otel_audit.record import AuditRecord, record_id
+from astrocyte_otel_audit.storable import MAX_TEXT
+
+_logger = logging.getLogger(__name__)
 
 #: Action of the row that stands for operations that could not be accepted.
 GAP_ACTION: Final = "audit.gap"
-#: Most records are smaller in the spool.
-_RECORD_BYTES = 1024
+_MISSING: Final = attributes.METADATA + "missing"
+_REASON: Final = attributes.METADATA + "reason"
+#: Most operations are smaller in the spool.
+_USUAL_BYTES = 1024
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """An accepted record on its way to the table."""
+    """An accepted operation on its way to the table."""
 
     #: Place in the order in which entries were taken, counted from 0.
     number: int
     schema: str | None
-    #: None where it is on disk only; `Backlog.load` reads it.
+    #: None where it is in the spool only; `Backlog.load` reads it.
     record: AuditRecord | None
-    #: Where it is on disk; None for one that is in memory only.
-    segment: Segment | None = None
-    #: Negative for a record that can't be read there again.
-    offset: int = 0
-    #: The dead process's directory that it was found in.
-    orphan: Orphan | None = None
+    #: Where it is in the spool.
+    segment: Segment
+    offset: int
+    #: The other process's part of the spool that it was found in.
+    reader: SpoolReader | None = None
 
 
 class Backlog:
-    """A first-in, first-out queue of records.
+    """A first-in, first-out queue.
 
     Args:
-        spool: where records are kept; None for memory only, which survives an absent database and no more.
-        memory_limit: records that are kept in memory. Further ones are in the spool only and are read back in
-            their order, or are refused where there is none.
+        spool: where all of it is.
         lock: its users hold it around every call, but for those that read files and take it themselves.
+        tailed: destinations of processes that leave writing to this one; their operations are in it as well.
     """
 
-    def __init__(self, spool: Spool | None, *, memory_limit: int, lock: AbstractContextManager[Any]) -> None:
+    def __init__(self, spool: Spool, *, lock: AbstractContextManager[Any], tailed: Collection[str] = ()) -> None:
         self.spool = spool
-        self._memory_limit = memory_limit
         self._lock = lock
-        self._window: deque[Entry] = deque()
-        #: Entries whose records are in memory, wherever they are by now.
-        self._in_memory = 0
-        #: Records that are in the spool only, and where the oldest of them is to be read.
-        self._spilled = 0
-        self._spill_at: tuple[Segment, int] | None = None
-        #: Operations that have begun and must leave a row, by the id of that row.
-        self._begun: dict[str, Segment] = {}
-        #: What dead processes left, and what was read of it and not taken.
-        self._orphans: list[Orphan] = []
+        self._tailed = tailed
+        #: Own ones that were read and not taken; how many were not read, and where the oldest of those is.
+        self._read: deque[Entry] = deque()
+        self.unread = 0
+        self._unread_at: tuple[Segment, int] | None = None
+        #: What is known of rows whose operations have not ended, by the id of the row.
+        self._held: dict[str, list[tuple[Segment, int]]] = {}
+        #: What other processes have in the spool, and what was read of it and not taken.
+        self._readers: list[SpoolReader] = []
         self._found: deque[Entry] = deque()
-        self._gap: AuditRecord | None = None
+        self._gap: Captured | None = None
         self._gaps = 0
-        #: Records accepted, taken out of here, and done with, whatever became of them. Those
-        #: that dead processes left are accepted when they are taken.
+        #: Operations accepted, taken out of here, and done with, whatever became of them. Those
+        #: of other processes are accepted when they are taken.
         self.accepted = self.taken = self.settled = 0
-        #: Records refused, found in what dead processes left, and lost as their place in the spool is damaged.
+        #: Operations refused, taken from other processes, and lost as their place in the spool is damaged.
         self.refused = self.adopted = self.damaged = 0
-        #: Why the spool did not take a record; None while it does.
-        self.trouble: str | None = None
+        #: Why the last one was refused.
+        self.refusal = ""
+        #: Why what another process has in the spool could not be read, since that was last said.
+        self._unreadable: str | None = None
 
     def __len__(self) -> int:
-        """Return how many were not taken yet, without those that dead processes left."""
-        return len(self._window) + self._spilled
+        """Return how many were not taken yet, without those of other processes."""
+        return len(self._read) + self.unread
 
     def has_room(self) -> bool:
-        """Say whether a record would be accepted now."""
-        return self._in_memory < self._memory_limit if self.spool is None else self.spool.has_room(_RECORD_BYTES)
+        """Say whether an operation would be accepted now."""
+        return self.spool.has_room(_USUAL_BYTES)
 
-    def begin(self, record: AuditRecord) -> bool:
-        """Put the intent of an operation on the disk, synced, and promise its record a place.
+    def begin(self, captured: Captured) -> bool:
+        """Put an operation that has begun on the disk, synced, and promise it a place.
 
         Returns:
             False where that can't be done.
         """
-        if self.spool is None or not self.has_room():
-            return False
+        return self.has_room() and self._hold(captured, synced=True)
+
+    def hold(self, captured: Captured) -> None:
+        """Put what is known so far of a row where another process finds it, if its operation never ends."""
+        self._hold(captured, synced=False)  # where there is no room, it is in memory only
+        if captured.replaces is not None:
+            self.release(captured.replaces)
+
+    def release(self, row_id: str) -> None:
+        """Take what was held until a row is written for settled, if anything was."""
+        for segment, offset in self._held.pop(row_id, ()):
+            self.spool.settle(segment, offset)
+
+    def has_begun(self, row_id: str) -> bool:
+        """Say whether an operation has been promised a place."""
+        return row_id in self._held
+
+    def append(self, captured: Captured, line: bytes, *, promised: bool = False) -> bool:
+        """Accept an operation, or count it in the gap. Once it returns True, it survives what the spool survives.
+
+        Args:
+            captured: the operation.
+            line: its frame.
+            promised: there is room for it, whatever the cap says, as for one that has begun.
+        """
         try:
-            segment, _ = self.spool.append(record_frame(record, INTENT), durable=True)
+            place = self.spool.append(line, promised=promised or captured.id in self._held)
         except SpoolError as error:
-            self.trouble = str(error)
+            self.refusal = str(error)
+            self._widen_gap(captured)
             return False
-        self._begun[record.id] = segment
-        return True
-
-    def has_begun(self, record_id: str) -> bool:
-        """Say whether a record has been promised a place."""
-        return record_id in self._begun
-
-    def append(self, record: AuditRecord) -> bool:
-        """Accept a record, or count it in the gap. Once it returns True, it survives what the spool survives."""
-        begun = self._begun.get(record.id) if self._begun else None
-        if not self._push(record, promised=begun is not None):
-            self._widen_gap(record)
-            return False
-        if begun is not None and self.spool is not None:
-            del self._begun[record.id]
-            self.spool.settle(begun)
+        self.accepted += 1
+        if not self.unread:
+            self._unread_at = place
+        self.unread += 1
+        if self._held:
+            self.release(captured.id)
         return True
 
     @property
     def has_gap(self) -> bool:
-        """Whether records were refused of which no record says so yet."""
+        """Whether operations were refused of which no record says so yet."""
         return self._gap is not None
 
     def close_gap(self) -> bool:
         """Turn what was refused into a record that says so; False where nothing was, or there is no room yet."""
-        if self._gap is None or not self.has_room() or not self._push(self._gap, promised=True):
+        gap = self._gap
+        if gap is None or not self.has_room() or not self.append(gap, captured_frame(RECORD, gap), promised=True):
             return False
         self._gap = None
         self._note_gap()
         return True
 
     def take(self, limit: int) -> list[Entry]:
-        """Return the oldest entries in memory, at most `limit`. They stay the backlog's concern until settled."""
-        taken = [self._window.popleft() for _ in range(min(limit, len(self._window)))]
-        if not self._spilled:
+        """Return the oldest entries that were read, at most `limit`. They stay the backlog's concern until settled."""
+        taken = [self._read.popleft() for _ in range(min(limit, len(self._read)))]
+        if not len(self):
             found = [self._found.popleft() for _ in range(min(limit - len(taken), len(self._found)))]
             taken += found
             self.accepted += len(found)
@@ -145,190 +169,265 @@ class Backlog:
         self.taken += len(taken)
         return taken
 
-    def settle(self, entries: Iterable[Entry]) -> None:
-        """Forget entries that were taken. MUST only be called once each is in the table, or counted as lost."""
+    def settle(self, entries: Iterable[Entry], *, stored: bool = True) -> None:
+        """Forget entries that were taken. MUST only be called once each is settled.
+
+        Args:
+            entries: they are settled all alike.
+            stored: they are in the table; else they are beside it, or counted as lost.
+        """
+        readers: list[SpoolReader] = []
         for entry in entries:
             self.settled += 1
-            if entry.record is not None:
-                self._in_memory -= 1
-            if entry.orphan is not None and entry.segment is not None:
-                entry.orphan.settle(entry.segment)
-                if entry.orphan.settled:
-                    self._orphans.remove(entry.orphan)
-            elif entry.segment is not None and self.spool is not None:
-                self.spool.settle(entry.segment)
+            if entry.reader is None:
+                self.spool.settle(entry.segment, entry.offset)
+                continue
+            entry.reader.settle(entry.segment, entry.offset, stored=stored)
+            if entry.reader not in readers:
+                readers.append(entry.reader)
+        for reader in readers:
+            with suppress(OSError):  # it will be told the next time
+                reader.acknowledge()
+            if reader.settled:
+                self._readers.remove(reader)
+        self._sweep()
 
     def drop(self, entry: Entry) -> bool:
-        """Keep an entry on disk only; False where it is nowhere else."""
-        if entry.segment is None or entry.offset < 0:
+        """Keep an entry on disk only; False where it is in memory anyway."""
+        if isinstance(entry.segment, MemorySegment):
             return False
-        if entry.record is not None:
-            entry.record = None
-            self._in_memory -= 1
+        entry.record = None
         return True
 
     def close(self) -> None:
         """Let go of the files. What is not settled stays on disk, for another process."""
-        for orphan in self._orphans:
-            orphan.close()
-        self._orphans.clear()
-        if self.spool is not None and not self._begun:  # else their records are still to come, for another process
+        for reader in self._readers:
+            reader.close()
+        self._readers.clear()
+        if not self._held:  # else their operations are still to come, for another process
             self.spool.close()
 
     def after_fork(self) -> None:
         """Close in a child what is the parent's; the child has to make a backlog of its own."""
-        for orphan in self._orphans:
-            orphan.close()
-        if self.spool is not None:
-            self.spool.after_fork()
+        for reader in self._readers:
+            reader.close()
+        self.spool.after_fork()
+
+    def unsettled(self) -> int:
+        """Return how many accepted operations are not settled."""
+        return self.accepted - self.settled
+
+    def has_found(self) -> bool:
+        """Say whether something of other processes is to be taken. Needs no lock."""
+        return bool(self._found) or any(reader.has_more() for reader in list(self._readers))
 
     # What follows reads files, on the writer's thread, and takes the lock itself for as short as it can.
 
     def refill(self, limit: int) -> None:
-        """Bring what is on disk only into memory, so that `take` finds about `limit` entries."""
+        """Read what `take` shall find: about `limit` entries.
+
+        Raises:
+            SpoolError: it can't be read.
+        """
         with self._lock:
-            at, wanted = self._spill_at, min(limit - len(self._window), self._spilled)
+            at, wanted = self._unread_at, min(limit - len(self._read), self.unread)
         if at is not None and wanted > 0:
-            self._read_back(at, wanted)
+            self._read_own(at, wanted)
         with self._lock:
-            missing = limit - len(self._window) - len(self._found)
-            orphan = next((orphan for orphan in self._orphans if not orphan.exhausted), None)
-        if orphan is not None and missing > 0:
-            self._read_orphan(orphan, missing)
+            missing = limit - len(self._read) - len(self._found)
+            readers = list(self._readers)
+        for reader in readers:
+            if missing > 0 and reader.has_more():
+                missing -= self._read_other(reader, missing)
 
     def load(self, entries: Sequence[Entry]) -> None:
-        """Have the entries' records in memory. One that can't be read any more stays None, and is counted."""
+        """Have the entries' records in memory. One whose place is damaged stays None, and is counted.
+
+        Raises:
+            SpoolError: they can't be read for now.
+        """
         for entry in entries:
-            if entry.record is None and entry.segment is not None:
-                entry.record = entry.segment.record_at(entry.offset)
+            if entry.record is None:
+                with in_words("it can't be read"):
+                    entry.record = entry.segment.record_at(entry.offset)
+                if entry.record is None:
+                    with self._lock:
+                        self.damaged += 1
+
+    def tend(self, *, adopting: bool) -> Iterator[str]:
+        """Look after the spool, about once a second; yields what a person has to know.
+
+        Args:
+            adopting: look also for what other processes have in it.
+        """
+        with self._lock:
+            self._sweep()
+            self.spool.expire()
+            self.close_gap()  # no more often, or a spool that is nearly full would leave a row for each operation
+        try:
+            self.spool.sync()
+            if missing := self.spool.missing():
                 with self._lock:
-                    self._in_memory += entry.record is not None
-                    self.damaged += entry.record is None
+                    self.spool.put_back(missing)
+                yield "files of the spool were deleted or moved, and were written again"
+            if adopting and (found := self.adopt()):
+                _logger.info("Audit records of other processes are written now: %s.", ", ".join(found))
+        except SpoolError as error:
+            yield f"the spool has trouble: {error}"
+        for trouble in (self.spool.trouble, self._unreadable):
+            if trouble is not None:
+                yield f"the spool has trouble: {trouble}"
+        self._unreadable = None
+        for reader in self._readers:
+            reader.rests = False
 
-    def unsettled(self) -> int:
-        """Return how many accepted records are not settled."""
-        return self.accepted - self.settled
+    def settled_before(self) -> Iterator[list[Entry]]:
+        """Yield what is settled and still on disk, in pieces, and with it what is on its way.
 
-    def has_found(self) -> bool:
-        """Say whether something that dead processes left is still to be taken. Needs no lock."""
-        return bool(self._found) or any(not orphan.exhausted for orphan in self._orphans)
+        Raises:
+            SpoolError: it can't be read.
+        """
+        with self._lock:
+            segments, end = self.spool.settled, self._unread_at
+        for segment in segments:
+            offset = 0
+            while True:
+                with in_words("it can't be read"):
+                    data = segment.read(offset, PIECE_BYTES)
+                found = [
+                    Entry(0, captured.schema, to_record(captured), segment, frame.offset)
+                    for frame in frames(data, offset)
+                    if frame.kind == RECORD
+                    and (end is None or segment is not end[0] or frame.offset < end[1])
+                    and (captured := parse_captured(frame.content)) is not None
+                ]
+                if not found:
+                    break
+                yield found
+                offset += len(data)
+            if end is not None and segment is end[0]:
+                return
 
     def adopt(self) -> list[str]:
-        """Look for what dead processes have left for the same destination; return the names of what was found.
+        """Look for what other processes have in the spool; return the names of what was found.
 
         Raises:
             SpoolError: there is no looking.
         """
-        if self.spool is None:
+        root = self.spool.root
+        if root is None:
             return []
-        with in_words("what ended processes have left can't be looked at"):
-            found = list(adopt(self.spool.root, self.spool.destination))
+        with in_words("what other processes have in it can't be looked at"):
+            clear_unfinished(root)
+            if self._tailed:
+                for reader in list(self._readers):
+                    reader.look_after()
+                    if reader.settled:
+                        self._readers.remove(reader)
+                found = list(tail(root, self._tailed, {reader.path for reader in self._readers}))
+            else:
+                found = list(adopt(root, [self.spool.destination]))
         with self._lock:
-            self._orphans += found
-        return [orphan.path.name for orphan in found]
+            self._readers += found
+        return [reader.path.name for reader in found]
 
-    def _read_back(self, at: tuple[Segment, int], wanted: int) -> None:
-        """Read the oldest records that are in the spool only. Meanwhile their number can only grow."""
+    def _read_own(self, at: tuple[Segment, int], wanted: int) -> None:
+        """Read the oldest that were not read. Meanwhile their number can only grow."""
         segment, offset = at
         entries: list[Entry] = []
-        damaged = 0
-        data = segment.read(offset, PIECE_BYTES)
+        damaged: list[int] = []
+        with in_words("it can't be read"):
+            data = segment.read(offset, PIECE_BYTES)
         for frame in frames(data, offset):
-            if len(entries) + damaged == wanted:
+            if len(entries) + len(damaged) == wanted:
                 break
             offset = frame.end
-            record = parse_record(frame.content) if frame.kind == RECORD else None
-            if record is not None:
-                entries.append(Entry(0, record.schema, record, segment, frame.offset))
-            elif not frame.kind or frame.kind == RECORD:  # it was one, when it was written
-                damaged += 1
+            captured = parse_captured(frame.content) if frame.kind == RECORD else None
+            if captured is not None:
+                entries.append(Entry(0, captured.schema, to_record(captured), segment, frame.offset))
+            elif frame.kind == RECORD or (not frame.kind and frame.content[:1] not in (HEADER, PROVISIONAL)):
+                # It was one, when it was written.
+                damaged.append(frame.offset)
         with self._lock:
-            self._window += entries
-            self._in_memory += len(entries)
-            self._spilled -= len(entries) + damaged
-            self.damaged += damaged
-            self.taken += damaged
-            self.settled += damaged
-            self._spill_at = self._next_spilled(segment, offset if data else segment.size)
-            if self.spool is not None:
-                for _ in range(damaged):
-                    self.spool.settle(segment)
+            self._read += entries
+            self.unread -= len(entries) + len(damaged)
+            self._lose(len(damaged))
+            self._unread_at = self._next_unread(segment, offset if data else segment.size)
+            for place in damaged:
+                self.spool.settle(segment, place)
 
-    def _read_orphan(self, orphan: Orphan, limit: int) -> None:
+    def _read_other(self, reader: SpoolReader, limit: int) -> int:
+        damaged = reader.damaged
         try:
-            with in_words(f"what process {orphan.path.name} has left can't be read"):
-                found = orphan.read(limit)
-        except SpoolError as error:
-            self.trouble = str(error)
-            orphan.close()
-            orphan.exhausted, found = True, []
+            found = reader.read(limit)
+        except OSError as error:
+            reader.rests = True
+            self._unreadable = str(worded(f"what process {reader.path.name} has in it can't be read", error))
+            return 0
         with self._lock:
             self._found += (
-                Entry(0, each.record.schema, each.record, each.segment, each.offset, orphan) for each in found
+                Entry(0, each.record.schema, each.record, each.segment, each.offset, reader) for each in found
             )
-            self._in_memory += len(found)
-            if orphan.exhausted:
-                self.damaged += orphan.damaged
-                if orphan.settled:
-                    self._orphans.remove(orphan)
+            self.damaged += reader.damaged - damaged
+            if reader.settled:
+                self._readers.remove(reader)
+        return len(found)
 
     # With the lock held again.
 
-    def _next_spilled(self, segment: Segment, offset: int) -> tuple[Segment, int] | None:
-        """Return where reading back goes on: at once in the next segment, as a settled one goes."""
-        if self.spool is None or not self._spilled:
+    def _next_unread(self, segment: Segment, offset: int) -> tuple[Segment, int] | None:
+        """Return where reading goes on: at once in the next segment, as a settled one goes."""
+        if not self.unread:
             return None
         if offset < segment.size:
             return segment, offset
-        following = self.spool.segments[self.spool.segments.index(segment) + 1 :]
-        if not following:  # somebody has cut a file off
-            self.damaged, self.taken = self.damaged + self._spilled, self.taken + self._spilled
-            self.settled, self._spilled = self.settled + self._spilled, 0
+        following = self.spool.following(segment)
+        if following is None:  # somebody has cut a file off
+            self._lose(self.unread)
+            self.unread = 0
+            self.spool.seal()
             return None
-        return following[0], 0
+        return following, 0
 
-    def _push(self, record: AuditRecord, *, promised: bool = False) -> bool:
-        segment, offset = None, 0
-        if self.spool is not None:
-            try:
-                segment, offset = self.spool.append(record_frame(record), promised=promised)
-                self.trouble = None
-            except SpoolFullError as error:
-                self.trouble = str(error)
-                return False
-            except SpoolError as error:  # a disk that fails, not a cap that was set: better in memory than nowhere
-                self.trouble = str(error)
-        fits_in_memory = not self._spilled and self._in_memory < self._memory_limit
-        if segment is None and not fits_in_memory:
+    def _sweep(self) -> None:
+        if self._unread_at is not None and self.unread:
+            segment = self._unread_at[0]
+            # What is left of it was no record, and is settled too.
+            if segment.sealed and not segment.unsettled and (following := self.spool.following(segment)) is not None:
+                self._unread_at = following, 0
+        self.spool.sweep()
+
+    def _lose(self, count: int) -> None:
+        self.damaged += count
+        self.taken += count
+        self.settled += count
+
+    def _hold(self, captured: Captured, *, synced: bool) -> bool:
+        try:
+            place = self.spool.append(captured_frame(PROVISIONAL, captured), on_disk=True, synced=synced)
+        except SpoolError:
             return False
-        self.accepted += 1
-        if fits_in_memory:
-            self._window.append(Entry(0, record.schema, record, segment, offset))
-            self._in_memory += 1
-        elif segment is not None:
-            if not self._spilled:
-                self._spill_at = (segment, offset)
-            self._spilled += 1
+        self._held.setdefault(captured.id, []).append(place)
         return True
 
-    def _widen_gap(self, record: AuditRecord) -> None:
+    def _widen_gap(self, captured: Captured) -> None:
         self.refused += 1
-        end = record.ended_at or record.started_at
+        end_ns = captured.start_ns if captured.end_ns is None else captured.end_ns
         gap = self._gap
         if gap is None:
             self._gaps += 1
-            identity = record_id(int.from_bytes(os.urandom(16)), self._gaps, ns_from_datetime(record.started_at))
-            gap = AuditRecord(
-                identity, GAP_ACTION, "system", None, record.started_at, end, None, None, {"missing": 0}, "unknown",
-                None, "astrocyte-otel-audit", "system", None, None, None, None, record.service_name,
+            gap = Captured(
+                record_id(int.from_bytes(os.urandom(16)), self._gaps, captured.start_ns), GAP_ACTION, None, "system",
+                None, "astrocyte-otel-audit", "system", "unknown", None, captured.start_ns, end_ns, None, None, None,
+                None, captured.service_name and captured.service_name[:MAX_TEXT], 0, {_MISSING: 0},
             )  # fmt: skip
-        until = max(gap.ended_at or end, end)
-        metadata = {"missing": gap.metadata["missing"] + 1, "reason": self.trouble or "the queue is full"}
-        since = min(gap.started_at, record.started_at)
-        self._gap = gap._replace(started_at=since, ended_at=until, metadata=metadata)
+        self._gap = gap._replace(
+            start_ns=min(gap.start_ns, captured.start_ns),
+            end_ns=max(gap.end_ns or end_ns, end_ns),
+            payload={_MISSING: gap.payload[_MISSING] + 1, _REASON: self.refusal},
+        )
         self._note_gap()
 
     def _note_gap(self) -> None:
-        if self.spool is not None:
-            with suppress(SpoolError):  # then it is in memory only
-                self.spool.note_gap(self._gap)
+        with suppress(SpoolError):  # then it is in memory only
+            self.spool.note_gap(self._gap)

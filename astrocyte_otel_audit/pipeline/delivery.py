@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -16,16 +17,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Delivered(NamedTuple):
-    """What became of a batch: each of its entries is in one of the two collections."""
+    """What became of a batch: each of its entries is in one of the collections."""
 
-    #: In the table, beside it, or beyond hope.
-    settled: list[Entry]
+    #: In the table.
+    stored: list[Entry]
+    #: Beside it.
+    set_aside: list[Entry]
+    #: Those whose place in the spool is damaged.
+    unreadable: list[Entry]
     #: By schema: those whose table can't take them for now.
     waiting: dict[str | None, list[Entry]]
-    #: Counts of the settled ones.
-    stored: int
-    set_aside: int
-    lost: int
 
 
 class Delivery:
@@ -34,11 +35,15 @@ class Delivery:
     Args:
         exporter: its `write` takes the records.
         troubles: says what goes wrong, and when it is over.
+        attempted: told after each attempt how many seconds it took, and the class of the error, if there was one.
     """
 
-    def __init__(self, exporter: AuditSpanExporter, troubles: Troubles) -> None:
+    def __init__(
+        self, exporter: AuditSpanExporter, troubles: Troubles, attempted: Callable[[float, str | None], None]
+    ) -> None:
         self._exporter = exporter
         self._troubles = troubles
+        self._attempted = attempted
 
     def look_at_table(self) -> None:
         """Say what would keep a record from being written, before there is one."""
@@ -55,16 +60,22 @@ class Delivery:
 
     def attempt(self, batch: Sequence[Entry]) -> Delivered | None:
         """Write a batch once. None means that it has to be given again: Postgres is away. Never raises."""
+        began, failed = time.perf_counter(), None
         try:
             appended = self._exporter.write([entry.record for entry in batch if entry.record is not None])
             waiting_ids = appended.waiting_ids()
             refused_ids = {record.id for record, _ in appended.set_aside}
         except DatabaseUnavailableError as unavailable:
+            failed = unavailable.sqlstate or type(unavailable).__qualname__
             self._away(str(unavailable))
             return None
         except BaseException as error:  # a thread that ends here would let the backlog grow in silence
-            self._away(f"an unexpected {type(error).__qualname__}")
+            failed = type(error).__qualname__
+            self._away(f"an unexpected {failed}")
             return None
+        finally:
+            with suppress(Exception):  # a meter's is not to end this thread either
+                self._attempted(time.perf_counter() - began, failed)
         # Said first, so that whoever waits in `flush` finds the reason in the log.
         self._troubles.clear("database", "audit records are being written again")
         for schema, (fault, _) in appended.parked.items():
@@ -74,19 +85,17 @@ class Delivery:
         with suppress(Exception):  # as in Troubles: a log's handler must not end this thread
             for record, fault in appended.set_aside:
                 _logger.error("Audit record %s (%r) was set aside: %s.", record.id, record.action, fault)
-        settled: list[Entry] = []
-        waiting: dict[str | None, list[Entry]] = {}
-        set_aside = lost = 0
+        delivered = Delivered([], [], [], {})
         for entry in batch:
-            if entry.record is None:  # its place in the spool is damaged
-                lost += 1
+            if entry.record is None:
+                delivered.unreadable.append(entry)
             elif entry.record.id in waiting_ids:
-                waiting.setdefault(entry.schema, []).append(entry)
-                continue
+                delivered.waiting.setdefault(entry.schema, []).append(entry)
+            elif entry.record.id in refused_ids:
+                delivered.set_aside.append(entry)
             else:
-                set_aside += entry.record.id in refused_ids
-            settled.append(entry)
-        return Delivered(settled, waiting, len(settled) - set_aside - lost, set_aside, lost)
+                delivered.stored.append(entry)
+        return delivered
 
     def close(self) -> None:
         """Close the exporter."""

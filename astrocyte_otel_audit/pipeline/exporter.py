@@ -49,6 +49,24 @@ class Storage(Protocol):
         """Become usable in a forked child."""
 
 
+class Elsewhere:
+    """Storage of a process that leaves writing to another one. Nothing is stored in here."""
+
+    def append(self, records: Sequence[AuditRecord]) -> Appended:  # noqa: ARG002
+        """Raise DatabaseUnavailableError."""
+        raise DatabaseUnavailableError("this process has writer='external', and writes nothing itself")
+
+    def check(self) -> Fault | None:
+        """Say nothing."""
+        return None
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def after_fork(self) -> None:
+        """Do nothing."""
+
+
 class AuditSpanExporter(SpanExporter):
     """Turns allowlisted spans into rows. Thread-safe.
 
@@ -64,6 +82,7 @@ class AuditSpanExporter(SpanExporter):
         schema: schema of the table, or a function to it that is called on the thread where an operation starts.
         table: name of the table.
         migrate: create or upgrade missing tables, and schemas.
+        destination: a name for where its records go: processes with the same one write each other's.
         export_timeout_millis: how long one statement may take.
 
     Raises:
@@ -81,6 +100,7 @@ class AuditSpanExporter(SpanExporter):
         schema: str | Callable[[], str] | None = None,
         table: str | None = None,
         migrate: bool | None = None,
+        destination: str | None = None,
         export_timeout_millis: float | None = None,
     ) -> None:
         self.selection = Selection(
@@ -104,8 +124,9 @@ class AuditSpanExporter(SpanExporter):
                 statement_timeout_seconds=timeout_millis / 1000,
             )
         self.storage = storage
-        #: Where its records belong, as a name for the spool: processes with the same one write each other's.
-        self.destination: str = getattr(storage, "destination", type(storage).__qualname__)
+        named = settings.resolve("destination", destination)
+        #: Where its records belong: processes with the same one write what each other's spools hold.
+        self.destination: str = named or getattr(storage, "destination", type(storage).__qualname__)
         self._warned_of_stock_processor = False
         self._troubles = Troubles(_logger, time.monotonic)
         call_in_forked_children(self, type(self)._after_fork)

@@ -9,146 +9,169 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Protocol, TypeAlias
 
 from opentelemetry.sdk.trace import ReadableSpan, Span
-from opentelemetry.trace import SpanContext
 
 from astrocyte_otel_audit import attributes
-from astrocyte_otel_audit.pipeline.captured import Captured, filled, to_record
+from astrocyte_otel_audit.pipeline.captured import Captured, filled
 from astrocyte_otel_audit.pipeline.selection import is_suppressed
-from astrocyte_otel_audit.record import NO_SCOPE, AuditRecord, ScopeDefaults, record_id
+from astrocyte_otel_audit.record import ScopeDefaults, record_id
 
 _Key: TypeAlias = tuple[int, int]
 
 
-class _Reference(weakref.ref[Span]):
-    """Notices a span that is forgotten without ever being ended, so that its entry goes too."""
+class _Open(weakref.ref[Span]):
+    """An operation that has started. Weak, so that a span which is forgotten without ever being ended goes too."""
 
-    __slots__ = ("key",)
+    __slots__ = ("action", "begun", "id", "key", "schema", "scope", "taken_in")
     key: _Key
-
-
-class _Open(NamedTuple):
-    """An operation that has started."""
-
     action: str
     #: The id of its row.
     id: str
     scope: ScopeDefaults
     schema: str | None
-    #: Keeps the weak reference, and with it its callback, alive.
-    reference: _Reference
-    #: What it has taken in under ``"inner"``, or None there once it has ended. Whoever is first to call `setdefault`
-    #: has it, so nothing can be taken in and lost, and no lock is needed, which garbage collection could run into.
-    slot: dict[Literal["inner"], AuditRecord | None]
+    #: What is on the disk of it, where it must leave a row.
+    begun: Captured | None
+    #: The one that it has taken in, or None in its place once it has ended. Whoever is first to call `setdefault` has
+    #: it, so nothing can be taken in and lost, and no lock is needed, which garbage collection could run into.
+    taken_in: dict[str, Captured | None]
 
-    def close(self) -> AuditRecord | None:
-        """Take nothing in any more, and return what was taken in."""
-        return self.slot.setdefault("inner", None)
+
+class Sink(Protocol):
+    """Where operations go that have ended."""
+
+    def submit(self, captured: Captured) -> bool:
+        """Take one that becomes a row."""
+
+    def hold(self, captured: Captured) -> None:
+        """Take what is known so far of the row of an operation that has not ended yet, in case that never ends."""
+
+    def release(self, row_id: str) -> None:
+        """Forget what is held until a row is written."""
 
 
 class OpenOperations:
-    """The audited spans that have started and not ended. Thread-safe; never grows past the spans that are alive."""
+    """The audited spans that have started and not ended. Thread-safe; never grows past the spans that are alive.
 
-    def __init__(self) -> None:
+    Args:
+        capture: `Selection.capture`.
+        sink: takes what has ended.
+    """
+
+    def __init__(self, capture: Callable[..., Captured | None], sink: Sink) -> None:
+        self._capture = capture
+        self._sink = sink
         self._open: dict[_Key, _Open] = {}
-        #: Taken in by an operation that was then forgotten.
-        self._orphans: deque[AuditRecord] = deque()
+        #: What is known of operations that were then forgotten.
+        self._orphans: deque[Captured] = deque()
 
     def __len__(self) -> int:
         return len(self._open)
 
     def start(self, span: Span, action: str, scope: ScopeDefaults, schema: str | None) -> str:
         """Remember an operation by its span, and return the id of its row."""
-        reference = _Reference(span, self._forget)
-        context = span.get_span_context()
-        reference.key = key = (context.trace_id, context.span_id)
-        row = record_id(*key, span.start_time or 0)
-        self._open[key] = _Open(action, row, scope, schema, reference, {})
-        return row
+        context = span.context
+        started = _Open(span, self._forget)
+        started.key = key = (context.trace_id, context.span_id)
+        started.action = action
+        started.id = row_id = record_id(*key, span.start_time or 0)
+        started.scope = scope
+        started.schema = schema
+        started.begun = None
+        started.taken_in = {}
+        self._open[key] = started
+        return row_id
 
-    def end(self, span: ReadableSpan, capture: Callable[..., Captured | None]) -> list[AuditRecord]:
-        """Close an operation and return what is to be written now.
+    def note_begun(self, span: Span, begun: Captured) -> None:
+        """Remember what is on the disk of an operation that must leave a row."""
+        context = span.context
+        if (started := self._open.get((context.trace_id, context.span_id))) is not None:
+            started.begun = begun
 
-        Args:
-            span: the ended span.
-            capture: `Selection.capture`.
+    def end(self, span: ReadableSpan) -> None:
+        """Close an operation and hand it on, unless there is nothing to write, or the one around it takes it in.
 
-        Returns:
-            Nothing, where there is nothing to write or the enclosing operation has taken it in; the operation; or
-            more, where an inner operation is one that its row would have hidden, or others were never ended.
+        More than one, where an inner operation is one that its row would have hidden, or others were never ended.
         """
-        rows = [*self.orphans()] if self._orphans else []
-        started = self._open.pop(_key(span.context), None)
+        if self._orphans:
+            self.hand_on_orphans()
+        context = span.context
+        started = self._open.pop((context.trace_id, context.span_id), None)
         if started is None:
-            captured = capture(span)
-            if captured is not None and attributes.ACTION not in captured.attributes and is_suppressed():
-                captured = None  # not taken at its start, for the same reason
+            # Not taken at its start where instrumentation is suppressed, and not at its end for the same reason.
+            names_its_action = attributes.ACTION in (span.attributes or ())
+            captured = self._capture(span) if names_its_action or not is_suppressed() else None
         else:
-            captured = capture(span, started.id, None if started.scope is NO_SCOPE else started.scope, started.schema)
-        record = None if captured is None else to_record(captured)
-        if started is not None and (inner := started.close()) is not None:
-            if record is None or _contradicts(record, inner):
-                rows.append(inner)
-            else:
-                record = filled(record, inner)
-        if record is not None and captured is not None:
-            # One whose emitter was promised its row keeps its own, or it would vanish.
-            promised = captured.attributes.get(attributes.REQUIRED) is True
-            if promised or not self._is_taken_in(record, span.parent):
-                rows.append(record)
-        return rows
+            captured = self._capture(span, started.id, started.scope, started.schema)
+            if (inner := started.taken_in.setdefault("", None)) is not None:
+                if captured is None or _contradicts(captured, inner):
+                    self._sink.submit(inner)
+                else:
+                    captured = filled(captured, inner)
+        if captured is not None and (captured.parent_span_id is None or not self._is_taken_in(captured, span)):
+            self._sink.submit(captured)
 
-    def orphans(self) -> tuple[AuditRecord, ...]:
-        """Hand over what was taken in by operations that will never end: rows of their own after all."""
-        return tuple(self._orphans.popleft() for _ in range(len(self._orphans)))
+    def hand_on_orphans(self) -> None:
+        """Hand on what is known of operations that will never end: rows after all."""
+        for _ in range(len(self._orphans)):
+            self._sink.submit(self._orphans.popleft())
 
-    def abandon(self) -> tuple[AuditRecord, ...]:
-        """Hand over all that was taken in by operations that have not ended yet."""
-        inner = [started.slot.pop("inner", None) for started in list(self._open.values())]
-        return (*self.orphans(), *(record for record in inner if record is not None))
+    def abandon(self) -> None:
+        """Hand on what is known of operations that have not ended. One that must leave a row still has its place."""
+        self.hand_on_orphans()
+        for started in list(self._open.values()):
+            if started.begun is None and (inner := started.taken_in.pop("", None)) is not None:
+                self._sink.submit(inner._replace(id=started.id))
 
     def after_fork(self) -> None:
-        """Forget in a child what was taken in: it is the parent's."""
+        """Forget in a child what was taken in, and what is on the disk: it is the parent's."""
         for started in list(self._open.values()):
-            started.slot.clear()
+            started.begun = None
+            started.taken_in.clear()
         self._orphans.clear()
 
-    def _is_taken_in(self, record: AuditRecord, parent: SpanContext | None) -> bool:
+    def _is_taken_in(self, captured: Captured, span: ReadableSpan) -> bool:
         """Let the enclosing operation take this one in, if there is one of the same action, tenant and bank."""
-        if parent is None or parent.is_remote:
+        parent = span.parent
+        outer = None if parent is None or parent.is_remote else self._open.get((parent.trace_id, parent.span_id))
+        if outer is None or outer.action != captured.action or outer.schema != captured.schema:
             return False
-        outer = self._open.get(_key(parent))
-        if outer is None or outer.action != record.action or outer.schema != record.schema:
+        # One whose emitter was promised its row keeps its own, or it would vanish.
+        if (span.attributes or {}).get(attributes.REQUIRED) is True:
             return False
         # One row can speak for one inner operation: a second one, and another bank's, would vanish.
-        if outer.slot or not _same(record.bank_id, _bank_of_open(outer)):
+        if outer.taken_in or not _same(captured.bank_id, _bank_of_open(outer)):
             return False
-        return outer.slot.setdefault("inner", record) is record
+        if outer.taken_in.setdefault("", captured) is not captured:
+            return False
+        self._sink.hold(captured._replace(id=outer.id, replaces=captured.id))
+        if outer.key not in self._open:  # it has ended meanwhile, and its row waits for nothing
+            self._sink.release(outer.id)
+        return True
 
-    def _forget(self, reference: weakref.ref[Span]) -> None:
-        if isinstance(reference, _Reference):
-            forgotten = self._open.pop(reference.key, None)
-            if forgotten is not None and (inner := forgotten.close()) is not None:
-                self._orphans.append(inner)
+    def _forget(self, started: weakref.ref[Span]) -> None:
+        forgotten = self._open.pop(started.key, None) if isinstance(started, _Open) else None
+        if forgotten is None:
+            return
+        known, inner = forgotten.begun, forgotten.taken_in.setdefault("", None)
+        if inner is not None:
+            known = inner._replace(id=forgotten.id) if known is None else filled(known, inner)
+        if known is not None:
+            self._orphans.append(known)
 
 
-def _contradicts(outer: AuditRecord, inner: AuditRecord) -> bool:
+def _contradicts(outer: Captured, inner: Captured) -> bool:
     """Say whether the outer row would hide that the inner one was another bank's, another actor's, or a failure."""
     hides_failure = inner.outcome == "failure" and outer.outcome != "failure"
     return hides_failure or not (_same(outer.bank_id, inner.bank_id) and _same(outer.actor_id, inner.actor_id))
 
 
 def _bank_of_open(outer: _Open) -> object:
-    span = outer.reference()
+    span = outer()
     found = (span.attributes or {}).get(attributes.BANK_ID) if span is not None else None
     return found if found is not None else outer.scope.bank_id
 
 
 def _same(bank: object, other: object) -> bool:
     return bank is None or other is None or bank == other
-
-
-def _key(context: SpanContext) -> _Key:
-    return context.trace_id, context.span_id

@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Literal
 
 from opentelemetry.context import Context, get_value
+from opentelemetry.metrics import MeterProvider
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
 from astrocyte_otel_audit import attributes, settings
 from astrocyte_otel_audit.errors import ConfigurationError
-from astrocyte_otel_audit.pipeline.captured import to_record
+from astrocyte_otel_audit.pipeline.directory import SpoolError, check
 from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
+from astrocyte_otel_audit.pipeline.handover import Handover
+from astrocyte_otel_audit.pipeline.intake import Intake
+from astrocyte_otel_audit.pipeline.metrics import Metrics
 from astrocyte_otel_audit.pipeline.operations import OpenOperations
 from astrocyte_otel_audit.pipeline.parking import Backoff
 from astrocyte_otel_audit.pipeline.processes import call_at_the_end_of_children, call_in_forked_children
-from astrocyte_otel_audit.pipeline.spool import Fsync, Spool, SpoolError
+from astrocyte_otel_audit.pipeline.selection import plain_attributes
+from astrocyte_otel_audit.pipeline.spool import Fsync, Spool
 from astrocyte_otel_audit.pipeline.troubles import Troubles
 from astrocyte_otel_audit.pipeline.writer import Writer
 from astrocyte_otel_audit.record import NO_SCOPE, ScopeDefaults
@@ -38,11 +43,15 @@ class AuditSpanProcessor(SpanProcessor):
 
     Args:
         exporter: says which spans are records, and writes them.
+        writer: ``thread``, or ``external``: nothing is written here, and the command `astrocyte-otel-audit writer`
+            writes what this and other processes of this machine put into the spool.
         spool_dir: directory where records are kept until they are in the table, so that they survive a killed
             process; several processes may share it. Below the user's state directory by default; False for none.
         spool_max_bytes: bytes that this process's part of it may have (1 GiB).
         spool_fsync: when it is synced to its disk: ``never``, ``interval`` (about once a second, the default) or
             ``always``, before a call returns. A killed process loses nothing either way.
+        spool_keep_seconds: how long a part of it stays after it is in the table (0). What is there is written once more
+            when Postgres was away, since a standby that has taken over may lack the last commits. In this process only.
         on_full: what a call does where the spool is full: ``drop``, the record is counted in a gap record; or
             ``block``, wait for room, then drop.
         on_full_timeout_millis: milliseconds of that wait (1,000).
@@ -51,6 +60,7 @@ class AuditSpanProcessor(SpanProcessor):
         max_export_batch_size: records in one transaction at most (2,048; never more than the queue holds).
         export_timeout_millis: milliseconds that the drain at shutdown may take (30,000).
         backoff: pauses between attempts while Postgres is away.
+        meter_provider: makes the metrics; the global one by default.
 
     Raises:
         ConfigurationError: an argument or variable that can't be used.
@@ -60,9 +70,11 @@ class AuditSpanProcessor(SpanProcessor):
         self,
         exporter: AuditSpanExporter,
         *,
+        writer: Literal["thread", "external"] | None = None,
         spool_dir: str | os.PathLike[str] | Literal[False] | None = None,
         spool_max_bytes: int | None = None,
         spool_fsync: Fsync | None = None,
+        spool_keep_seconds: float | None = None,
         on_full: Literal["drop", "block"] | None = None,
         on_full_timeout_millis: float | None = None,
         max_queue_size: int | None = None,
@@ -70,6 +82,7 @@ class AuditSpanProcessor(SpanProcessor):
         max_export_batch_size: int | None = None,
         export_timeout_millis: float | None = None,
         backoff: Backoff = Backoff(0.1, 30.0),
+        meter_provider: MeterProvider | None = None,
     ) -> None:
         if not isinstance(exporter, AuditSpanExporter):
             raise ConfigurationError("exporter", f"got a {type(exporter).__name__}; accepted is an AuditSpanExporter")
@@ -78,24 +91,41 @@ class AuditSpanProcessor(SpanProcessor):
         delay_millis = settings.resolve("schedule_delay_millis", schedule_delay_millis)
         self._drain_seconds = settings.resolve("export_timeout_millis", export_timeout_millis) / 1000
         self._exporter = exporter
-        self._operations = OpenOperations()
         self._troubles = Troubles(_logger, time.monotonic)
         blocks = settings.resolve("on_full", on_full) == "block"
-        block_millis = settings.resolve("on_full_timeout_millis", on_full_timeout_millis)
-        self._writer = Writer(
-            exporter,
-            spool=_spool(
-                settings.resolve("spool_dir", spool_dir),
-                exporter.destination,
-                settings.resolve("spool_max_bytes", spool_max_bytes),
-                settings.resolve("spool_fsync", spool_fsync),
-            ),
-            capacity=capacity,
-            batch_size=batch_size,
-            delay_seconds=delay_millis / 1000,
-            block_seconds=block_millis / 1000 if blocks else 0.0,
-            backoff=backoff,
+        block_seconds = settings.resolve("on_full_timeout_millis", on_full_timeout_millis) / 1000 if blocks else 0.0
+        is_external = settings.resolve("writer", writer) == "external"
+        fsync = settings.resolve("spool_fsync", spool_fsync)
+        keep_seconds = settings.resolve("spool_keep_seconds", spool_keep_seconds)
+        if is_external and keep_seconds:
+            raise ConfigurationError("spool_keep_seconds", "accepted is 0 with writer='external', which keeps nothing")
+        spool = Spool(
+            _root(settings.resolve("spool_dir", spool_dir), is_required=is_external),
+            exporter.destination,
+            max_bytes=settings.resolve("spool_max_bytes", spool_max_bytes),
+            max_in_memory=capacity,
+            # Where another process writes, that one syncs the files, about once a second.
+            fsync="never" if is_external and fsync == "interval" else fsync,
+            cleared_by_others=is_external,
+            keep_seconds=keep_seconds,
         )
+        metrics = Metrics(meter_provider)
+        self._writer: Intake = (
+            Handover(spool, block_seconds=block_seconds)
+            if is_external
+            else Writer(
+                exporter,
+                spool=spool,
+                capacity=capacity,
+                batch_size=batch_size,
+                delay_seconds=delay_millis / 1000,
+                block_seconds=block_seconds,
+                backoff=backoff,
+                attempted=metrics.attempted,
+            )
+        )
+        metrics.observe(self, capacity)
+        self._operations = OpenOperations(exporter.selection.capture, self._writer)
         call_in_forked_children(self, type(self)._after_fork)
         call_at_the_end_of_children(self, type(self).shutdown)
         self._writer.start()
@@ -108,28 +138,30 @@ class AuditSpanProcessor(SpanProcessor):
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Note an audit span: who acts for which tenant, and, on the span, the id of the row to be."""
         try:
-            action = self._exporter.selection.action_of(span, parent_context)
+            given = plain_attributes(span)
+            selection = self._exporter.selection
+            action = selection.action_of(span, given, parent_context)
             if action is None:
                 return
             found = get_value(attributes.SCOPE_CONTEXT_KEY, parent_context)
             scope = found if isinstance(found, ScopeDefaults) else NO_SCOPE
             schema = scope.schema or self._exporter.current_schema()
-            receipt = self._operations.start(span, action, scope, schema)
-            if (span.attributes or {}).get(attributes.REQUIRED) is True:
-                captured = self._exporter.selection.capture(span, receipt, scope, schema)
-                taken = captured is not None and self._writer.begin(to_record(captured)._replace(outcome=None))
+            row_id = self._operations.start(span, action, scope, schema)
+            if given.get(attributes.REQUIRED) is True:
+                begun = selection.capture(span, row_id, scope, schema)
+                if taken := begun is not None and self._writer.begin(begun := begun._replace(outcome="unknown")):
+                    self._operations.note_begun(span, begun)
             else:
                 taken = self._writer.has_room()
             if taken:
-                span.set_attribute(attributes.RECORD_ID, receipt)
+                span.set_attribute(attributes.RECORD_ID, row_id)
         except Exception as fault:  # it would reach the application, and keep the audited body from running
             self._troubles.report("on_start", f"an audit span's start could not be noted ({type(fault).__qualname__})")
 
     def on_end(self, span: ReadableSpan) -> None:
         """Capture the span, if it is an audit span, and hand it to the writer."""
         try:
-            for record in self._operations.end(span, self._exporter.selection.capture):
-                self._writer.submit(record)
+            self._operations.end(span)
         except Exception as fault:  # it would reach the application
             self._writer.count_unreadable()
             self._troubles.report("on_end", f"an audit span could not become a record ({type(fault).__qualname__})")
@@ -140,8 +172,7 @@ class AuditSpanProcessor(SpanProcessor):
         Args:
             timeout_millis: how long to wait at most, in milliseconds.
         """
-        for record in self._operations.orphans():
-            self._writer.submit(record)
+        self._operations.hand_on_orphans()
         return self._writer.flush(timeout_millis / 1000)
 
     def shutdown(self) -> None:
@@ -149,8 +180,7 @@ class AuditSpanProcessor(SpanProcessor):
 
         What can't be written by then stays in the spool, for the next process. Harmless when repeated.
         """
-        for record in self._operations.abandon():
-            self._writer.submit(record)
+        self._operations.abandon()
         self._writer.stop(self._drain_seconds)
 
     def stats(self) -> dict[str, int]:
@@ -163,18 +193,28 @@ class AuditSpanProcessor(SpanProcessor):
         self._writer.after_fork()
 
 
-def _spool(directory: Path | Literal[False] | None, destination: str, max_bytes: int, fsync: Fsync) -> Spool | None:
-    """Return the spool, or None where there shall be none or can be none."""
+def _root(directory: Path | Literal[False] | None, *, is_required: bool) -> Path | None:
+    """Return the spool's directory, or None where there shall be none or can be none.
+
+    Raises:
+        ConfigurationError: there has to be one, and it can't be used.
+    """
     if directory is False:
+        if is_required:
+            raise ConfigurationError("spool_dir", "is off; with writer='external' accepted is a directory")
         return None
-    spool = Spool(directory or settings.default_spool_dir(), destination, max_bytes=max_bytes, fsync=fsync)
+    root = directory or settings.default_spool_dir()
     try:
-        spool.prepare()
+        check(root)
     except SpoolError as error:
+        if is_required:
+            raise ConfigurationError(
+                "spool_dir", f"can't be used, as {error}; with writer='external' accepted is one that can"
+            ) from None
         _logger.error(
             "Audit records are kept in memory only, and a killed process loses them: the spool can't be used, as %s. "
             "Name a directory of your own with spool_dir=… or OTEL_ASTROCYTE_AUDIT_SPOOL_DIR, or set it to 'off'.",
             error,
         )
         return None
-    return spool
+    return root

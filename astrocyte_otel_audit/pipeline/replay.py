@@ -9,10 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from astrocyte_otel_audit.pipeline.adoption import adopt, destination_of, directories
+from astrocyte_otel_audit.pipeline.adoption import adopt
+from astrocyte_otel_audit.pipeline.captured import to_record
+from astrocyte_otel_audit.pipeline.directory import GAP, LOCK, SUFFIX, destination_of, directories, try_lock
 from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
-from astrocyte_otel_audit.pipeline.segment import INTENT, RECORD, frames, parse_record
-from astrocyte_otel_audit.pipeline.spool import GAP, LOCK, SUFFIX, try_lock
+from astrocyte_otel_audit.pipeline.segment import PROVISIONAL, RECORD, frames, parse_captured
+from astrocyte_otel_audit.record import datetime_from_ns
 
 _BATCH = 2048
 
@@ -53,31 +55,32 @@ def status(root: Path) -> Iterator[ProcessStatus]:
     """Yield what each process has in the spool, by reading all of it; nothing is locked for longer than a moment."""
     for path in sorted(directories(root)):
         records, begun, damaged, size, missing = 0, set[str](), 0, 0, 0
-        oldest: datetime | None = None
+        start_ns: int | None = None
         for segment in sorted(path.glob(f"*{SUFFIX}")):
             with contextlib.suppress(FileNotFoundError), segment.open("rb") as file:
                 for line in file:
                     size += len(line)
                     frame = next(frames(line), None)
-                    record = parse_record(frame.content) if frame and frame.kind in (RECORD, INTENT) else None
+                    captured = parse_captured(frame.content) if frame and frame.kind in (RECORD, PROVISIONAL) else None
                     if frame is None or not frame.kind:
                         damaged += 1
-                    elif record is None:
+                    elif captured is None:
                         continue
                     elif segment.name == GAP:
-                        missing += int(record.metadata.get("missing", 0))
-                    elif frame.kind == INTENT:
-                        begun.add(record.id)
+                        missing += int(to_record(captured).metadata.get("missing", 0))
+                    elif frame.kind == PROVISIONAL:
+                        begun.add(captured.id)
                     else:
                         records += 1
-                        begun.discard(record.id)
-                        oldest = record.started_at if oldest is None else min(oldest, record.started_at)
+                        begun.discard(captured.id)
+                        start_ns = captured.start_ns if start_ns is None else min(start_ns, captured.start_ns)
         lock = try_lock(path / LOCK)
         if lock is not None:
             os.close(lock)
         yield ProcessStatus(
-            path.name, lock is None, destination_of(path), records, len(begun), damaged, size, oldest, missing
-        )
+            path.name, lock is None, destination_of(path), records, len(begun), damaged, size,
+            None if start_ns is None else datetime_from_ns(start_ns), missing,
+        )  # fmt: skip
 
 
 def replay(
@@ -95,15 +98,15 @@ def replay(
         DatabaseUnavailableError: Postgres can't be used; what isn't written stays.
     """
     total = Replayed()
-    for orphan in adopt(root, None if any_destination else exporter.destination):
+    for reader in adopt(root, None if any_destination else [exporter.destination]):
         total = total._replace(processes=total.processes + 1)
         try:
-            while found := orphan.read(_BATCH):
+            while found := reader.read(_BATCH):
                 appended = exporter.write([each.record for each in found])
                 waiting = appended.waiting_ids()
                 for each in found:
                     if each.record.id not in waiting:
-                        orphan.settle(each.segment)
+                        reader.settle(each.segment, each.offset)
                 set_aside = len(appended.set_aside)
                 total = total._replace(
                     written=total.written + len(found) - len(waiting) - set_aside,
@@ -112,7 +115,7 @@ def replay(
                 )
                 progress(len(found))
         finally:
-            total = total._replace(damaged=total.damaged + orphan.damaged)
-            if not orphan.settled:
-                orphan.close()
+            total = total._replace(damaged=total.damaged + reader.damaged)
+            if not reader.settled:
+                reader.close()
     return total

@@ -14,9 +14,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 from astrocyte_otel_audit import attributes
 from astrocyte_otel_audit.allowlist import Allowlist
 from astrocyte_otel_audit.memo import Memo
-from astrocyte_otel_audit.pipeline.captured import Captured, as_str, exception_type, wire_of
+from astrocyte_otel_audit.pipeline.captured import Captured, as_str, exception_type, is_payload, normalized
 from astrocyte_otel_audit.pipeline.mapping import SpanMapping
-from astrocyte_otel_audit.record import ScopeDefaults
+from astrocyte_otel_audit.record import NO_SCOPE, OUTCOMES, ScopeDefaults, record_id
 
 
 class Selection:
@@ -52,9 +52,16 @@ class Selection:
                 return self._allows(action) or span_attributes.get(attributes.REQUIRED) is True
         return bool(self.mappings) and self._mapped_by_name[span_name, kind] and not is_suppressed(parent_context)
 
-    def action_of(self, span: ReadableSpan, parent_context: Context | None = None) -> str | None:
-        """Return the action of a span that starts now and is to be audited; None for every other span."""
-        span_attributes = span.attributes or {}
+    def action_of(
+        self, span: ReadableSpan, span_attributes: Mapping[str, Any], parent_context: Context | None = None
+    ) -> str | None:
+        """Return the action of a span that starts now and is to be audited; None for every other span.
+
+        Args:
+            span: the span.
+            span_attributes: of it; a plain copy is read many times faster than the SDK's view.
+            parent_context: what it started in; the current context by default.
+        """
         action = as_str(span_attributes.get(attributes.ACTION))
         if action is not None:
             if self._allows(action) or span_attributes.get(attributes.REQUIRED) is True:
@@ -66,7 +73,7 @@ class Selection:
     def capture(
         self,
         span: ReadableSpan,
-        record_id: str | None = None,
+        row_id: str | None = None,
         scope: ScopeDefaults | None = None,
         schema: str | None = None,
     ) -> Captured | None:
@@ -74,57 +81,67 @@ class Selection:
 
         Args:
             span: the ended span.
-            record_id, scope, schema: what was noted when it started, if that was seen.
+            row_id, scope, schema: what was noted when it started, if that was seen.
         """
-        given: Any = span.attributes
-        # The SDK's attributes are a view with a lock; a plain copy is read many times faster.
-        copy = getattr(given, "copy", None)
-        plain: dict[str, Any] = dict(given or ()) if copy is None else copy()
-        action = as_str(plain.get(attributes.ACTION))
+        given = plain_attributes(span)
+        action = given.get(attributes.ACTION)
+        if type(action) is not str:
+            action = as_str(action)
         mapping = None
         if action is not None:
-            if not self._allows(action) and plain.get(attributes.REQUIRED) is not True:
+            if not self._allows(action) and given.get(attributes.REQUIRED) is not True:
                 return None
-            bank_id = plain.get(attributes.BANK_ID)
+            bank_id = given.get(attributes.BANK_ID)
         else:
             found = self._mapped(span) if self.mappings else None
             if found is None:
                 return None
             mapping, action = found
-            bank_id = mapping.bank_of(plain)
-        emitter = span.instrumentation_scope
-        is_ours = emitter is not None and emitter.name == attributes.SCOPE_NAME
-        context, parent, status = span.context, span.parent, span.status.status_code
+            bank_id = mapping.bank_of(given)
+        if scope is None:
+            scope = NO_SCOPE
+        status = span.status.status_code
+        outcome = given.get(attributes.OUTCOME)
+        if type(outcome) is not str or outcome not in OUTCOMES:
+            outcome = _outcome(as_str(outcome), status, mapping)
+        error_type = given.get(attributes.ERROR_TYPE) if outcome == "failure" else None
+        if error_type is None and status is StatusCode.ERROR and outcome == "failure":
+            error_type = exception_type(span.events)
+        context, parent, emitter = span.context, span.parent, span.instrumentation_scope
         start_ns, end_ns = span.start_time, span.end_time
+        if type(start_ns) is not int:
+            start_ns = 0
+        transport = given.get(attributes.TRANSPORT) or scope.transport
+        payload = {key: given[key] for key in filter(is_payload, given)}
+        resource, service_name = self._service
+        if span.resource is not resource:  # by identity: a resource's hash is a walk over all of it
+            service_name = self._learn_service(span.resource)
         return Captured(
+            row_id or record_id(context.trace_id, context.span_id, start_ns),
             action,
-            bank_id,
-            None if mapping is None else mapping.transport,
-            # An emitter of ours always states its outcome: without one, it is not known.
-            "unknown" if mapping is None else mapping.unset_outcome,
-            exception_type(span.events) if status is StatusCode.ERROR else None,
-            context.trace_id,
-            context.span_id,
-            None if parent is None else parent.span_id,
-            context.trace_flags,
-            start_ns if type(start_ns) is int else 0,
-            end_ns if type(end_ns) is int else None,
-            status,
-            self._service_name(span.resource),
-            span.dropped_attributes,
-            plain if is_ours else wire_of(plain),
-            is_ours,
-            record_id,
-            scope,
             schema,
+            mapping.transport if transport is None and mapping is not None else transport,
+            scope.bank_id if bank_id is None else bank_id,
+            given.get(attributes.ACTOR_ID, scope.actor_id),
+            given.get(attributes.ACTOR_TYPE, scope.actor_type),
+            outcome,
+            error_type,
+            start_ns,
+            end_ns if type(end_ns) is int else None,
+            f"{context.trace_id:032x}",
+            f"{context.span_id:016x}",
+            None if parent is None else f"{parent.span_id:016x}",
+            # Flags may carry the random bit too, so the bit is tested and not the number.
+            context.trace_flags & 1 == 1,
+            service_name,
+            span.dropped_attributes,
+            payload if emitter is not None and emitter.name == attributes.SCOPE_NAME else normalized(payload),
         )
 
-    def _service_name(self, resource: Resource) -> str | None:
-        known, name = self._service
-        if resource is not known:  # by identity: a resource's hash is a walk over all of it
-            found = resource.attributes.get("service.name")
-            name = found if isinstance(found, str) else None
-            self._service = (resource, name)
+    def _learn_service(self, resource: Resource) -> str | None:
+        found = resource.attributes.get("service.name")
+        name = found if isinstance(found, str) else None
+        self._service = (resource, name)
         return name
 
     def _find_mapped_by_name(self, question: tuple[str, SpanKind | None]) -> bool:
@@ -143,6 +160,26 @@ class Selection:
             if action is not None:
                 return (mapping, action) if self._allows(action) else None
         return None
+
+
+def plain_attributes(span: ReadableSpan) -> dict[str, Any]:
+    """Return a copy of a span's attributes. The SDK's own are a view with a lock, and slow to ask what isn't there."""
+    given: Any = span.attributes
+    try:
+        return given.copy()  # type: ignore[no-any-return]
+    except AttributeError:
+        return dict(given or ())
+
+
+def _outcome(stated: str | None, status: StatusCode, mapping: SpanMapping | None) -> str:
+    if stated is not None and stated in OUTCOMES:
+        return stated
+    if status is StatusCode.ERROR:
+        return "failure"
+    if status is StatusCode.OK:
+        return "success"
+    # An emitter of ours always states its outcome: without one, it is not known.
+    return "unknown" if mapping is None else mapping.unset_outcome
 
 
 def is_suppressed(context: Context | None = None) -> bool:

@@ -6,8 +6,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, assert_type
 
+from opentelemetry.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.sampling import Sampler
@@ -244,7 +246,7 @@ class MyExporter(AuditSpanExporter):
     pass
 
 
-def set_up(provider: TracerProvider, pool: ConnectionPool) -> None:
+def set_up(provider: TracerProvider, pool: ConnectionPool, meters: MeterProvider) -> None:
     assert_type(configure_audit(), AuditSpanProcessor)
     processor = configure_audit(
         dsn="postgresql://localhost/app",
@@ -256,12 +258,29 @@ def set_up(provider: TracerProvider, pool: ConnectionPool) -> None:
         normalizer=Normalizer(keep=["query"], hash_key=b"0123456789abcdef"),
         tracer_provider=provider,
         create_provider=False,
+        writer="thread",
+        destination="memories",
+        spool_dir="/var/lib/audit",
+        spool_max_bytes=1 << 20,
+        spool_fsync="always",
+        spool_keep_seconds=60,
+        on_full="block",
+        on_full_timeout_millis=100,
         max_queue_size=1024,
         schedule_delay_millis=100,
         max_export_batch_size=512,
         export_timeout_millis=1000,
+        meter_provider=meters,
     )
     configure_audit(pool=pool, actions="*")
+    configure_audit(writer="external", destination="memories", spool_dir=Path("spool"), actions="*")
+    configure_audit(spool_dir=False, spool_keep_seconds=0.5)
+    configure_audit(writer="process")  # type: ignore[arg-type]
+    configure_audit(spool_dir=True)  # type: ignore[arg-type]
+    configure_audit(spool_fsync="sometimes")  # type: ignore[arg-type]
+    configure_audit(on_full="wait")  # type: ignore[arg-type]
+    configure_audit(destination=Path("memories"))  # type: ignore[arg-type]
+    configure_audit(meter_provider=provider)  # type: ignore[arg-type]
     assert_type(processor.force_flush(timeout_millis=1000), bool)
     assert_type(processor.stats(), dict[str, int])
     processor.shutdown()
@@ -269,7 +288,12 @@ def set_up(provider: TracerProvider, pool: ConnectionPool) -> None:
     sampler: Sampler = AuditSampler(actions=["retain"], mappings=["astrocyte"])
     exporter: SpanExporter = AuditSpanExporter(dsn="postgresql://localhost/app", actions="*")
     parts = TracerProvider(sampler=sampler)
-    parts.add_span_processor(AuditSpanProcessor(AuditSpanExporter(pool=pool, actions=["retain"])))
+    parts.add_span_processor(
+        AuditSpanProcessor(AuditSpanExporter(pool=pool, actions=["retain"], destination="memories"))
+    )
+    AuditSpanProcessor(MyExporter(), writer="external", spool_keep_seconds=0.0, meter_provider=meters)
+    AuditSpanProcessor(exporter)  # type: ignore[arg-type]
+    AuditSpanProcessor(MyExporter(), writer="none")  # type: ignore[arg-type]
     parts.add_span_processor(BatchSpanProcessor(exporter))
 
 

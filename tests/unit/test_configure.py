@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from opentelemetry import trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from astrocyte_otel_audit import (
     AuditSampler,
@@ -28,6 +30,7 @@ from astrocyte_otel_audit import (
     emit,
 )
 from astrocyte_otel_audit.configure import attached_to
+from astrocyte_otel_audit.pipeline.replay import status
 from tests.support import MemoryStorage
 
 ROOT = Path(__file__).parents[2]
@@ -362,14 +365,24 @@ def test_no_global_provider_is_made_where_that_is_not_wanted_or_an_argument_is_w
         from astrocyte_otel_audit import ConfigurationError, configure_audit
         from tests.support import MemoryStorage
 
-        for arguments in [{"create_provider": False}, {"max_queue_size": 0}, {"normalizer": 7}, {"actions": "recall"}]:
+        for arguments in [
+            {"create_provider": False},
+            {"max_queue_size": 0},
+            {"normalizer": 7},
+            {"actions": "recall"},
+            {"destination": "a b"},
+            {"spool_keep_seconds": -1},
+            {"writer": "external"},
+        ]:
             try:
                 configure_audit(storage=MemoryStorage(), **arguments)
             except ConfigurationError as refused:
                 print(refused.source)
             assert type(trace.get_tracer_provider()) is ProxyTracerProvider
         """
-    ) == ["tracer_provider", "max_queue_size", "normalizer", "actions"]
+    ) == [
+        "tracer_provider", "max_queue_size", "normalizer", "actions", "destination", "spool_keep_seconds", "writer",
+    ]  # fmt: skip
 
 
 def test_what_waits_is_written_when_the_interpreter_ends():
@@ -416,6 +429,17 @@ def test_a_provider_that_takes_no_processors_is_refused(storage, provider):
         ("table", "pg_audit"),
         ("migrate", 1),
         ("normalizer", dict),
+        ("writer", "somebody"),
+        ("writer", True),
+        ("destination", "a b"),
+        ("destination", 7),
+        ("spool_dir", True),
+        ("spool_max_bytes", 0),
+        ("spool_fsync", "sometimes"),
+        ("spool_keep_seconds", -1),
+        ("spool_keep_seconds", "long"),
+        ("on_full", "wait"),
+        ("on_full_timeout_millis", 0),
         ("max_queue_size", 0),
         ("max_export_batch_size", 0),
         ("schedule_delay_millis", -1),
@@ -431,6 +455,27 @@ def test_an_argument_that_cannot_be_used_is_named_and_nothing_is_attached(provid
     assert (attached_to(provider), provider.sampler) == ([], sampler)
 
 
+@pytest.mark.parametrize(
+    ("argument", "given"),
+    [
+        ("writer", {"dsn": "postgresql://user:hunter2-planted@host/db"}),
+        ("writer", {"pool": ConnectionPool("host=h", open=False)}),
+        ("writer", {"storage": MemoryStorage()}),
+        ("destination", {"destination": "a b"}),
+        ("spool_dir", {"spool_dir": False}),
+        ("spool_dir", {"spool_dir": __file__}),
+        ("spool_keep_seconds", {"spool_keep_seconds": 1}),
+    ],
+)
+def test_what_an_external_writer_has_no_use_for_is_refused_and_nothing_is_attached(provider, argument, given):
+    sampler = provider.sampler
+    with pytest.raises(ConfigurationError, match=f"^{argument}: ") as refused:
+        configure_audit(writer="external", actions="*", tracer_provider=provider, **given)
+    assert refused.value.source == argument
+    assert "hunter2" not in str(refused.value)
+    assert (attached_to(provider), provider.sampler) == ([], sampler)
+
+
 async def test_an_async_pool_is_refused(provider):
     pool = AsyncConnectionPool("host=h", open=False)
     with pytest.raises(ConfigurationError, match=r"^pool: got a psycopg_pool.*AsyncConnectionPool"):
@@ -441,6 +486,101 @@ def test_a_variable_that_cannot_be_used_is_named(provider, storage, monkeypatch)
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "plenty")
     with pytest.raises(ConfigurationError, match=r"^OTEL_BSP_MAX_QUEUE_SIZE: got 'plenty'"):
         configure_audit(storage=storage, actions="*", tracer_provider=provider)
+
+
+# Another process writes.
+
+
+@pytest.fixture
+def destinations(tmp_path):
+    """Where the records of the processes in the spool belong."""
+    return lambda: [process.destination for process in status(tmp_path / "astrocyte-otel-audit" / "spool")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        ({}, {}, "default"),
+        ({"destination": "here"}, {}, "here"),
+        ({}, {"DESTINATION": "there"}, "there"),
+        ({"destination": "here"}, {"DESTINATION": "there"}, "here"),
+        ({}, {"DSN": "postgresql://host/db"}, "default"),
+    ],
+)
+@pytest.mark.parametrize("by", ["argument", "variable"])
+def test_with_an_external_writer_records_are_in_the_spool_for_a_destination(
+    provider, monkeypatch, destinations, by, arguments, variables, expected
+):
+    if by == "variable":
+        variables, arguments = {**variables, "WRITER": "external"}, arguments
+    else:
+        arguments = {**arguments, "writer": "external"}
+    for name, text in variables.items():
+        monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_" + name, text)
+    threads = set(threading.enumerate())
+    processor = configure_audit(actions="*", tracer_provider=provider, **arguments)
+    with audit_operation("recall", tracer_provider=provider) as operation:
+        pass
+    assert operation.record_id is not None
+    assert not processor.force_flush(20)
+    assert set(threading.enumerate()) <= threads
+    assert (processor.exporter.destination, destinations()) == (expected, [expected])
+
+
+def test_with_an_external_writer_a_configuration_that_is_right_says_nothing(provider, said):
+    processor = configure_audit(writer="external", actions="*", tracer_provider=provider)
+    with audit_operation("recall", required=True, tracer_provider=provider):
+        pass
+    processor.shutdown()
+    assert said() == []
+
+
+def test_a_variable_for_an_external_writer_refuses_what_has_a_connection_too(provider, storage, monkeypatch):
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_WRITER", "external")
+    with pytest.raises(ConfigurationError, match=r"^writer: external writes through no connection of this process"):
+        configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    processor = configure_audit(writer="thread", storage=storage, actions="*", tracer_provider=provider)
+    with audit_operation("recall", tracer_provider=provider):
+        pass
+    assert rows_after(processor, storage) == ["recall"]
+
+
+def test_a_named_destination_goes_before_the_one_that_is_made_of_the_dsn(provider, dropping, destinations):
+    dsn = "postgresql://127.0.0.1:1/none"
+    processors = [
+        configure_audit(dsn=dsn, actions="*", tracer_provider=each, export_timeout_millis=50.0, **named)
+        for each, named in ((provider, {"destination": "here"}), (dropping, {}))
+    ]
+    for each in (provider, dropping):
+        with audit_operation("recall", tracer_provider=each):
+            pass
+    own, named = processors[1].exporter.destination, "here"
+    assert own.endswith("/astrocyte_audit_log")
+    assert sorted(destinations()) == sorted([own, named])
+
+
+def test_processes_of_one_destination_write_what_is_in_each_others_spool(provider, dropping, storage):
+    left = configure_audit(
+        dsn="postgresql://127.0.0.1:1/none", destination="here", actions="*", tracer_provider=provider,
+        export_timeout_millis=50.0,
+    )  # fmt: skip
+    with audit_operation("recall", tracer_provider=provider):
+        pass
+    left.shutdown()
+    adopted = threading.Event()
+    storage.before_append = lambda records: adopted.set()
+    following = configure_audit(storage=storage, destination="here", actions="*", tracer_provider=dropping)
+    assert adopted.wait(20)
+    assert rows_after(following, storage) == ["recall"]
+
+
+def test_the_meter_provider_is_the_one_that_is_given(provider, storage):
+    reader = InMemoryMetricReader()
+    meters = MeterProvider([reader], shutdown_on_exit=False)
+    configure_audit(storage=storage, actions="*", tracer_provider=provider, meter_provider=meters)
+    [resource] = reader.get_metrics_data().resource_metrics
+    assert [scope.scope.name for scope in resource.scope_metrics] == ["astrocyte_otel_audit"]
+    meters.shutdown()
 
 
 # What would leave the log empty, or cut.

@@ -172,6 +172,35 @@ def test_a_schema_function_that_fails_gives_the_default_schema_and_one_warning(s
     assert caplog.messages == ["the schema function failed (LookupError): its records go to the default schema."]
 
 
+# Where its records belong.
+
+
+def test_its_destination_is_made_of_the_database_and_the_table_and_has_no_password_in_it():
+    destinations = {
+        AuditSpanExporter(dsn=dsn, table=table).destination
+        for dsn in (f"postgresql://u:{PASSWORD}@h/a", f"postgresql://u:{PASSWORD}@h/b", "host=h2 dbname=a")
+        for table in ("log", "log_2")
+    }
+    assert len(destinations) == 6
+    assert PASSWORD not in str(destinations)
+    assert AuditSpanExporter(dsn="host=h dbname=a", table="log").destination in destinations
+
+
+@pytest.mark.parametrize("place", [{"dsn": "host=h"}, {"storage": MemoryStorage()}])
+def test_a_destination_that_is_named_goes_before_the_one_that_is_made(place, monkeypatch):
+    own = AuditSpanExporter(**place).destination
+    assert AuditSpanExporter(**place, destination="here").destination == "here" != own
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_DESTINATION", "there")
+    assert AuditSpanExporter(**place).destination == "there"
+    assert AuditSpanExporter(**place, destination="here").destination == "here"
+
+
+def test_the_destination_of_another_storage_is_what_it_says_itself_or_its_class(storage):
+    assert AuditSpanExporter(storage=storage).destination == "MemoryStorage"
+    storage.destination = "a list"
+    assert AuditSpanExporter(storage=storage).destination == "a list"
+
+
 # What can't be used.
 
 
@@ -203,6 +232,10 @@ def refusal(**arguments):
         ("table", "a.b"),
         ("table", "t" * 45),
         ("migrate", "yes"),
+        ("destination", ""),
+        ("destination", "a b"),
+        ("destination", "d" * 65),
+        ("destination", 7),
         ("export_timeout_millis", 0),
         ("export_timeout_millis", float("nan")),
         ("pool", object()),
@@ -256,6 +289,7 @@ def test_a_pool_that_is_not_open_yet_is_accepted():
         ("OTEL_ASTROCYTE_AUDIT_SCHEMA", "my schema"),
         ("OTEL_ASTROCYTE_AUDIT_TABLE", "a.b"),
         ("OTEL_ASTROCYTE_AUDIT_MIGRATE", "perhaps"),
+        ("OTEL_ASTROCYTE_AUDIT_DESTINATION", "a b"),
         ("OTEL_ASTROCYTE_AUDIT_EXPORT_TIMEOUT_MILLIS", "soon"),
         ("OTEL_BSP_EXPORT_TIMEOUT", "-1"),
     ],

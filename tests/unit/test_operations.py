@@ -1,7 +1,10 @@
 """One operation, one row: how operations inside operations become rows."""
 
 import gc
+import shutil
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from opentelemetry import context as otel_context
@@ -9,9 +12,21 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 
-from astrocyte_otel_audit import AuditSpanProcessor, SpanMapping, audit_operation, audit_scope, audited
-from astrocyte_otel_audit.pipeline import captured as captured_module
+from astrocyte_otel_audit import (
+    AuditSpanExporter,
+    AuditSpanProcessor,
+    SpanMapping,
+    audit_operation,
+    audit_scope,
+    audited,
+)
 from astrocyte_otel_audit.pipeline import operations as operations_module
+from astrocyte_otel_audit.pipeline.operations import OpenOperations
+from astrocyte_otel_audit.pipeline.replay import replay
+from astrocyte_otel_audit.pipeline.selection import Selection
+from astrocyte_otel_audit.pipeline.writer import Writer
+from astrocyte_otel_audit.record import NO_SCOPE
+from tests.support import MemoryStorage, unavailable
 
 
 @pytest.fixture(params=[ALWAYS_ON, ALWAYS_OFF], ids=["100%", "0%"])
@@ -78,6 +93,15 @@ def test_the_outermost_is_filled_from_the_inner_where_it_is_empty(operation, row
     assert row.request == {"top_k": 3, "deep": True}
     assert row.response == {"hits": 3}
     assert row.metadata == {"model": "mock", "tier": "gold"}
+
+
+def test_what_both_say_under_one_key_is_the_outermosts_as_a_whole(operation, rows):
+    with operation(request={"filters": {"limit": 3}, "options": {}, "a": 1}):
+        inner = {"filters": {"limit": 9, "since": 5}, "options": {"deep": True}, "a.b": 2}
+        with operation(request=inner):
+            pass
+    [row] = rows()
+    assert row.request == {"filters": {"limit": 3}, "options": {}, "a": 1, "a.b": 2}
 
 
 def test_the_outermost_keeps_what_it_says_itself(operation, rows):
@@ -258,15 +282,16 @@ def test_a_span_that_is_never_ended_is_forgotten(library, processor):
     assert processor.stats()["open"] == 0
 
 
-def test_what_a_forgotten_operation_had_taken_in_is_a_row_after_all(library, operation, rows):
+def test_what_a_forgotten_operation_had_taken_in_is_its_row_after_all(library, operation, rows):
     never_ended = library.start_span("memory.recall")
+    receipt = never_ended.attributes["audit.record.id"]
     with trace.use_span(never_ended), operation(bank_id="b"):
         pass
     assert rows() == []
     del never_ended
     gc.collect()
     [row] = rows()
-    assert row.bank_id == "b"
+    assert (row.id, row.bank_id, row.outcome) == (receipt, "b", "success")
 
 
 def test_what_a_forgotten_operation_had_taken_in_goes_with_the_next_one(library, operation, processor, storage):
@@ -280,48 +305,105 @@ def test_what_a_forgotten_operation_had_taken_in_goes_with_the_next_one(library,
     assert processor.stats()["accepted"] == 2
 
 
-def test_what_an_operation_under_way_has_taken_in_is_written_at_the_shutdown(library, operation, processor, storage):
+def forget_required(operation, *, inside=()):
+    """Begin an operation that requires its row, end others inside it, and forget it; gives its receipt."""
+    never_ended = operation(required=True, actor_id="alice", bank_id="b")
+    never_ended.start()
+    for arguments in inside:
+        with never_ended.current(), operation(**arguments):
+            pass
+    receipt = never_ended.record_id
+    del never_ended
+    gc.collect()
+    return receipt
+
+
+def test_a_forgotten_operation_that_required_its_row_has_one_at_the_next_flush(operation, processor, rows):
+    receipt = forget_required(operation)
+    assert processor.stats()["accepted"] == 0
+    [row] = rows()
+    assert (row.id, row.bank_id, row.outcome, row.ended_at) == (receipt, "b", "unknown", None)
+
+
+def test_a_forgotten_operation_that_required_its_row_goes_with_the_next_one(operation, processor, storage):
+    receipt = forget_required(operation)
+    with operation("retain") as next_one:
+        pass
+    assert processor.stats()["accepted"] == 2
+    assert processor.force_flush(10_000)
+    assert [row.id for row in storage.records] == [receipt, next_one.record_id]
+
+
+def test_a_forgotten_operation_that_required_its_row_and_what_it_had_taken_in_are_one_row(operation, rows):
+    receipt = forget_required(operation, inside=[{"transport": "mcp", "request": {"top_k": 3}}])
+    [row] = rows()
+    assert (row.id, row.outcome, row.ended_at) == (receipt, "unknown", None)
+    assert (row.bank_id, row.transport, row.request) == ("b", "mcp", {"top_k": 3})
+
+
+def test_a_forgotten_operation_that_required_its_row_has_it_at_the_shutdown(operation, processor, storage):
+    receipt = forget_required(operation)
+    processor.shutdown()
+    assert [row.id for row in storage.records] == [receipt]
+
+
+def test_what_an_operation_under_way_has_taken_in_is_written_as_its_row_at_the_shutdown(
+    library, operation, processor, storage
+):
     outer = library.start_span("memory.recall")
     with trace.use_span(outer), operation(bank_id="b"):
         pass
     processor.shutdown()
     outer.end()
-    assert [row.bank_id for row in storage.records] == ["b"]
+    assert [(row.id, row.bank_id) for row in storage.records] == [(outer.attributes["audit.record.id"], "b")]
     assert processor.stats()["refused_shutdown"] == 1
+
+
+def once(monkeypatch, owner, name, event):
+    """Make something happen just before a function is called the next time."""
+    original = getattr(owner, name)
+
+    def replaced(*args):
+        monkeypatch.setattr(owner, name, original)
+        event()
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, replaced)
 
 
 @pytest.fixture
 def meanwhile(monkeypatch):
-    """Makes something happen while an operation is being taken in by the one around it."""
-
-    def happens(event):
-        def to_record(captured):
-            monkeypatch.undo()
-            event()
-            return captured_module.to_record(captured)
-
-        monkeypatch.setattr(operations_module, "to_record", to_record)
-
-    return happens
+    """Makes something happen while an operation is being taken in by the one around it, which is still open."""
+    return lambda event: once(monkeypatch, operations_module, "_bank_of_open", event)
 
 
-def test_what_is_taken_in_by_an_operation_that_is_forgotten_meanwhile_is_a_row_of_its_own(
-    library, operation, rows, meanwhile
-):
+@pytest.fixture
+def before_it_is_held(monkeypatch):
+    """Makes something happen when an operation was taken in by the one around it, and is not on disk yet."""
+    return lambda event: once(monkeypatch, Writer, "hold", event)
+
+
+@pytest.fixture
+def forgotten(library, operation):
+    """An operation inside another one that is never ended, the receipt of that one, and a function that forgets it."""
     outer = [library.start_span("memory.recall")]
+    inner = operation(bank_id="b")
+    with trace.use_span(trace.NonRecordingSpan(outer[0].get_span_context())):
+        inner.start()
 
     def forget():
         outer.clear()
         gc.collect()
 
+    return inner, outer[0].attributes["audit.record.id"], forget
+
+
+def test_what_is_taken_in_by_an_operation_that_is_forgotten_meanwhile_is_a_row_of_its_own(forgotten, rows, meanwhile):
+    inner, _, forget = forgotten
     meanwhile(forget)
-    inner = operation(bank_id="b")
-    with trace.use_span(trace.NonRecordingSpan(outer[0].get_span_context())):
-        inner.start()
     inner.finish()
-    assert outer == []
     [row] = rows()
-    assert row.bank_id == "b"
+    assert (row.id, row.bank_id) == (inner.record_id, "b")
 
 
 def test_what_is_taken_in_by_an_operation_that_ends_meanwhile_is_a_row_of_its_own(library, operation, rows, meanwhile):
@@ -345,6 +427,387 @@ def test_of_two_that_are_taken_in_at_once_both_are_in_the_log(library, operation
             pass
     outer.end()
     assert sorted(row.request["part"] for row in rows()) == [1, 2]
+
+
+# What a process leaves that is killed.
+
+
+@pytest.fixture
+def spool(tmp_path):
+    return tmp_path / "astrocyte-otel-audit" / "spool"
+
+
+@pytest.fixture
+def if_killed(spool, tmp_path):
+    """The rows of the next process, were this one killed now: nobody holds the lock of a copy of its files."""
+
+    def written():
+        copy, storage = Path(tempfile.mkdtemp(dir=tmp_path)), MemoryStorage()
+        shutil.copytree(spool, copy, dirs_exist_ok=True)
+        exporter = AuditSpanExporter(storage=storage)
+        said = replay(copy, exporter, any_destination=True, progress=lambda count: None)
+        assert (said.set_aside, said.waiting, said.damaged, list(copy.iterdir())) == (0, 0, 0, [])
+        return storage.records
+
+    return written
+
+
+def test_what_had_returned_inside_an_operation_is_the_row_of_that_if_the_process_is_killed_before_it_ends(
+    operation, if_killed
+):
+    with operation(actor_id="alice") as outer:
+        with operation(bank_id="b") as inner:
+            inner.response = {"hits": 3}
+        [row] = if_killed()
+    assert (row.id, row.bank_id, row.actor_id, row.response) == (outer.record_id, "b", None, {"hits": 3})
+    assert row.outcome == "success"
+
+
+def test_of_three_levels_the_outermosts_row_is_what_had_returned_if_the_process_is_killed(operation, if_killed):
+    with operation(actor_id="alice") as outermost:
+        with operation(bank_id="b") as middle:
+            with operation(transport="mcp") as innermost:
+                innermost.response = {"hits": 3}
+            [row] = if_killed()
+            assert (row.id, row.bank_id, row.transport, row.response) == (middle.record_id, None, "mcp", {"hits": 3})
+        [row] = if_killed()
+        assert (row.id, row.bank_id, row.transport, row.response) == (outermost.record_id, "b", "mcp", {"hits": 3})
+        assert row.actor_id is None
+    [row] = if_killed()
+    assert (row.id, row.bank_id, row.transport, row.actor_id) == (outermost.record_id, "b", "mcp", "alice")
+
+
+def test_of_three_levels_of_which_the_outermost_required_its_row_that_is_all_that_is_known_if_the_process_is_killed(
+    operation, if_killed
+):
+    with operation(required=True) as outermost:
+        with operation(bank_id="b"), operation(transport="mcp"):
+            pass
+        [row] = if_killed()
+    assert (row.id, row.bank_id, row.transport, row.outcome) == (outermost.record_id, "b", "mcp", "unknown")
+
+
+def test_an_operation_that_has_ended_is_one_row_if_the_process_is_killed_before_it_is_written(
+    operation, if_killed, rows, storage
+):
+    storage.before_append = unavailable
+    with operation(actor_id="alice") as outer, operation(bank_id="b"):
+        pass
+    [row] = if_killed()
+    assert (row.id, row.bank_id, row.actor_id) == (outer.record_id, "b", "alice")
+    storage.before_append = lambda records: None
+    assert rows() == [row]
+
+
+def test_one_row_speaks_for_both_if_the_process_is_killed_after_it_was_written(operation, if_killed, rows):
+    with operation() as outer, operation(bank_id="b"):
+        pass
+    [written] = rows()
+    assert [row.id for row in if_killed()] == [written.id] == [outer.record_id]
+
+
+def test_of_two_inside_an_operation_each_is_a_row_if_the_process_is_killed_before_that_ends(operation, if_killed):
+    with operation(bank_id="b") as outer:
+        for part in range(2):
+            with operation(bank_id="b", request={"part": part}) as inner:
+                pass
+        found = {row.id: row.request for row in if_killed()}
+        assert found == {outer.record_id: {"part": 0}, inner.record_id: {"part": 1}}
+    assert {row.id: row.request for row in if_killed()} == found
+
+
+def test_an_operation_that_required_its_row_and_what_had_returned_inside_it_are_one_row_if_the_process_is_killed(
+    operation, if_killed
+):
+    with audit_scope(actor_id="alice"), operation(required=True) as outer:
+        outermost = trace.get_current_span().get_span_context()
+        with operation(bank_id="b", transport="mcp") as inner:
+            inner.response = {"hits": 3}
+        [row] = if_killed()
+    assert (row.id, row.outcome, row.ended_at) == (outer.record_id, "unknown", None)
+    assert (row.span_id, row.parent_span_id) == (f"{outermost.span_id:016x}", None)
+    assert (row.bank_id, row.transport, row.actor_id, row.response) == ("b", "mcp", "alice", {"hits": 3})
+    [row] = if_killed()
+    assert (row.id, row.outcome, row.bank_id) == (outer.record_id, "success", "b")
+
+
+@pytest.mark.parametrize("has_part", [True, False])
+def test_an_operation_that_required_its_row_is_left_to_the_next_process_by_a_shutdown_inside_it(
+    operation, processor, if_killed, storage, has_part
+):
+    with operation(required=True, bank_id="b") as outer:
+        if has_part:
+            with operation(transport="mcp"):
+                pass
+        processor.shutdown()
+        assert storage.records == []
+        [row] = if_killed()
+        assert (row.id, row.bank_id, row.outcome) == (outer.record_id, "b", "unknown")
+        assert row.transport == ("mcp" if has_part else "unknown")
+    [row] = if_killed()
+    assert (row.id, row.bank_id, row.outcome) == (outer.record_id, "b", "success")
+    assert row.transport == ("mcp" if has_part else "unknown")
+    assert (storage.records, processor.stats()["refused_shutdown"]) == ([], 0)
+
+
+def test_a_forgotten_operation_that_required_its_row_is_one_row_if_the_process_is_killed(
+    operation, processor, if_killed, storage
+):
+    storage.before_append = unavailable
+    receipt = forget_required(operation, inside=[{"transport": "mcp"}])
+    [before] = if_killed()
+    assert not processor.force_flush(50)
+    assert if_killed() == [before]
+    assert (before.id, before.transport, before.outcome) == (receipt, "mcp", "unknown")
+    storage.before_append = lambda records: None
+
+
+def in_one(operation):
+    with operation(), operation(bank_id="b"):
+        pass
+
+
+def of_another_bank(operation):
+    with operation() as outer:
+        with operation(bank_id="b"):
+            pass
+        outer.bank_id = "a"
+
+
+def three_levels(operation):
+    with operation(), operation(bank_id="b"), operation(transport="mcp"):
+        pass
+
+
+def another_bank_in_the_middle(operation):
+    with operation(bank_id="a"), operation() as middle:
+        with operation():
+            pass
+        middle.bank_id = "b"
+
+
+def failing_innermost(operation):
+    with operation(), operation(), operation() as innermost:
+        innermost.outcome = "failure"
+
+
+def failing_inside(operation):
+    with operation(), operation() as inner:
+        inner.outcome = "failure"
+
+
+def several_inside(operation):
+    with operation():
+        for _ in range(3):
+            with operation():
+                pass
+
+
+def required(operation):
+    with operation(required=True), operation():
+        pass
+
+
+def required_inside(operation):
+    with operation(), operation(required=True):
+        pass
+
+
+def required_around_two(operation):
+    with operation(required=True), operation(), operation():
+        pass
+
+
+NESTED = pytest.mark.parametrize(
+    "nested",
+    [
+        in_one,
+        of_another_bank,
+        three_levels,
+        another_bank_in_the_middle,
+        failing_innermost,
+        failing_inside,
+        several_inside,
+        required,
+        required_inside,
+        required_around_two,
+        forget_required,
+    ],
+)
+
+
+@NESTED
+def test_nothing_of_an_operation_stays_in_the_spool_once_it_is_written(operation, processor, rows, spool, nested):
+    nested(operation)
+    written = len(rows())
+    assert processor.stats()["accepted"] == written
+    processor.shutdown()
+    assert list(spool.iterdir()) == []
+
+
+@NESTED
+def test_the_next_process_writes_the_same_rows_if_this_one_is_killed_before_it_can(
+    operation, if_killed, rows, storage, nested
+):
+    storage.before_append = unavailable
+    nested(operation)
+    found = if_killed()
+    storage.before_append = lambda records: None
+    assert sorted(found) == sorted(rows())
+
+
+def test_what_a_forgotten_operation_had_taken_in_is_one_row_if_the_process_is_killed(
+    forgotten, processor, if_killed, storage
+):
+    inner, receipt, forget = forgotten
+    storage.before_append = unavailable
+    inner.finish()
+    assert [row.id for row in if_killed()] == [receipt]
+    forget()
+    assert [row.id for row in if_killed()] == [receipt]
+    assert not processor.force_flush(50)
+    assert [row.id for row in if_killed()] == [receipt]
+    storage.before_append = lambda records: None
+
+
+def test_nothing_of_an_operation_that_was_forgotten_stays_in_the_spool(library, operation, processor, rows, spool):
+    never_ended = library.start_span("memory.recall")
+    with trace.use_span(never_ended), operation(bank_id="b"):
+        pass
+    del never_ended
+    gc.collect()
+    assert len(rows()) == 1
+    processor.shutdown()
+    assert list(spool.iterdir()) == []
+
+
+def test_nothing_of_an_operation_under_way_at_the_shutdown_stays_in_the_spool(operation, processor, storage, spool):
+    with operation() as outer:
+        with operation(bank_id="b"):
+            pass
+        processor.shutdown()
+        assert list(spool.iterdir()) == []
+    assert [row.id for row in storage.records] == [outer.record_id]
+
+
+def test_what_is_held_once_the_operation_around_it_has_ended_is_let_go_of(
+    library, operation, processor, rows, spool, before_it_is_held
+):
+    outer = library.start_span("memory.recall")
+    before_it_is_held(outer.end)
+    with trace.use_span(outer), operation(bank_id="b"):
+        pass
+    [row] = rows()
+    assert (row.id, row.bank_id) == (outer.attributes["audit.record.id"], "b")
+    processor.shutdown()
+    assert list(spool.iterdir()) == []
+
+
+def test_what_is_held_once_the_operation_around_it_is_forgotten_is_let_go_of(
+    forgotten, processor, rows, spool, before_it_is_held
+):
+    inner, receipt, forget = forgotten
+    before_it_is_held(forget)
+    inner.finish()
+    assert [row.id for row in rows()] == [receipt]
+    processor.shutdown()
+    assert list(spool.iterdir()) == []
+
+
+def test_without_a_spool_an_operation_inside_another_is_a_part_of_its_row_too(audit, provider, storage):
+    processor = audit(storage=storage, spool_dir=False)
+    with audit_operation("recall", tracer_provider=provider) as outer:
+        with audit_operation("recall", bank_id="b", tracer_provider=provider):
+            pass
+        assert processor.force_flush(10_000)
+        assert storage.records == []
+    assert processor.force_flush(10_000)
+    assert [(row.id, row.bank_id) for row in storage.records] == [(outer.record_id, "b")]
+
+
+# What a forked child has of its parent.
+
+
+class Rows:
+    """A sink that keeps what it is given."""
+
+    def __init__(self):
+        self.submitted = []
+
+    def submit(self, captured):
+        self.submitted.append(captured)
+        return True
+
+    def hold(self, captured):
+        pass
+
+    def release(self, row_id):
+        pass
+
+
+@pytest.fixture
+def child():
+    """Operations of a process that has just been forked, and its sink; begins some before that."""
+
+    def make(before):
+        selection, sink, tracer = Selection("*"), Rows(), TracerProvider(shutdown_on_exit=False).get_tracer("test")
+        operations = OpenOperations(selection.capture, sink)
+
+        def begin(name="audit recall", *, required=True, parent=None):
+            context = None if parent is None else trace.set_span_in_context(parent)
+            span = tracer.start_span(name, context, attributes={"audit.action": "recall"})
+            row_id = operations.start(span, "recall", NO_SCOPE, None)
+            if required:
+                operations.note_begun(span, selection.capture(span, row_id)._replace(outcome="unknown"))
+            return span
+
+        kept = before(operations, begin)
+        operations.after_fork()
+        return operations, sink, kept
+
+    return make
+
+
+def test_an_operation_that_the_parent_had_begun_and_the_child_forgets_is_no_row_of_the_child(child):
+    operations, sink, kept = child(lambda operations, begin: [begin()])
+    kept.clear()
+    gc.collect()
+    operations.hand_on_orphans()
+    operations.abandon()
+    assert (len(operations), sink.submitted) == (0, [])
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_what_the_parents_operation_had_taken_in_is_no_row_of_the_child(child, required):
+    def nest(operations, begin):
+        outer = begin(required=required)
+        operations.end(begin(required=False, parent=outer))
+        return [outer]
+
+    operations, sink, kept = child(nest)
+    operations.abandon()
+    kept.clear()
+    gc.collect()
+    operations.abandon()
+    assert (len(operations), sink.submitted) == (0, [])
+
+
+def test_an_operation_that_the_parent_had_forgotten_is_no_row_of_the_child(child):
+    def forget(operations, begin):
+        begin()
+        gc.collect()
+        assert len(operations) == 0
+
+    operations, sink, _ = child(forget)
+    operations.hand_on_orphans()
+    assert sink.submitted == []
+
+
+def test_an_operation_that_the_parent_had_begun_and_the_child_ends_is_a_row_of_the_child(child):
+    operations, sink, [span] = child(lambda operations, begin: [begin()])
+    operations.abandon()
+    operations.end(span)
+    assert [captured.action for captured in sink.submitted] == ["recall"]
 
 
 @pytest.mark.parametrize("sampler", [ParentBased(ALWAYS_ON), ParentBased(ALWAYS_OFF), ALWAYS_ON, ALWAYS_OFF])

@@ -6,6 +6,7 @@ import pytest
 
 from astrocyte_otel_audit.pipeline.backlog import Entry
 from astrocyte_otel_audit.pipeline.parking import Backoff, Parking
+from astrocyte_otel_audit.pipeline.segment import MemorySegment
 from tests.records import bare_record
 
 #: The schemas of two tenants.
@@ -13,7 +14,8 @@ A, B = "tenant_a", "tenant_b"
 
 
 def items(schema, *numbers):
-    return [Entry(number, schema, bare_record(number, schema=schema)) for number in numbers]
+    where = MemorySegment()
+    return [Entry(number, schema, bare_record(number, schema=schema), where, number) for number in numbers]
 
 
 def nowhere_else(entry):

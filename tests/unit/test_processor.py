@@ -2,10 +2,14 @@
 
 import logging
 import threading
+import time
+from datetime import UTC, datetime
 
 import pytest
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanContext, TraceFlags
@@ -20,6 +24,8 @@ from astrocyte_otel_audit import (
     audit_scope,
     audited,
 )
+from astrocyte_otel_audit.pipeline.replay import status
+from astrocyte_otel_audit.pipeline.selection import Selection
 from tests.support import MemoryStorage, unavailable
 
 
@@ -35,6 +41,14 @@ def emit(provider, action="recall", **arguments):
     return operation.record_id
 
 
+def wait_until(condition, seconds=20):
+    """Whether it becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
 def context(number=1):
     return SpanContext(number, number, is_remote=False, trace_flags=TraceFlags(1))
 
@@ -42,28 +56,33 @@ def context(number=1):
 # The application is left in peace.
 
 
-class Broken:
-    """Stands where a part of the exporter should be, and fails at every use."""
+@pytest.fixture
+def broken(audit, storage, monkeypatch):
+    """A pipeline whose exporter fails whatever it is asked about a span."""
 
-    def __getattr__(self, name):
+    def fail(*args):
         raise RuntimeError("its own words")
 
+    monkeypatch.setattr(Selection, "action_of", fail)
+    monkeypatch.setattr(Selection, "capture", fail)
+    return audit(storage=storage)
 
-def test_an_exporter_that_fails_does_not_reach_the_application(provider, processor, storage, caplog):
-    processor.exporter.selection = Broken()
+
+def test_an_exporter_that_fails_does_not_reach_the_application(provider, broken, caplog):
     assert emit(provider) is None
     assert [message for message in caplog.messages if "RuntimeError" in message] == [
         "an audit span's start could not be noted (RuntimeError).",
         "an audit span could not become a record (RuntimeError).",
     ]
     assert "its own words" not in caplog.text
+    assert broken.stats()["unreadable"] == 1
 
 
-def test_a_failure_at_every_span_is_said_once(provider, processor, caplog):
-    processor.exporter.selection = Broken()
+def test_a_failure_at_every_span_is_said_once(provider, broken, caplog):
     for _ in range(50):
         emit(provider)
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 2
+    assert broken.stats()["unreadable"] == 50
 
 
 @pytest.mark.parametrize(
@@ -88,6 +107,64 @@ def test_a_span_without_times_is_a_row(processor, storage):
     assert processor.force_flush(10_000)
     [row] = storage.records
     assert (row.action, row.ended_at) == ("recall", None)
+
+
+#: The last microseconds that 64 bits of nanoseconds can hold.
+ENDS_OF_TIME = {
+    10**30: datetime(2262, 4, 11, 23, 47, 16, 854775, UTC),
+    -(10**30): datetime(1677, 9, 21, 0, 12, 43, 145224, UTC),
+}
+
+
+@pytest.mark.parametrize("spool_dir", [None, False])
+@pytest.mark.parametrize(("start_ns", "end_ns"), [(10**30, 10**30), (-(10**30), 10**30), (0, -(10**30))])
+def test_times_that_no_clock_says_are_the_last_that_can_be_written(
+    audit, provider, storage, spool_dir, start_ns, end_ns
+):
+    processor = audit(storage=storage, spool_dir=spool_dir)
+    operation = audit_operation("recall", bank_id="b", start_ns=start_ns, tracer_provider=provider)
+    operation.start()
+    operation.finish(end_ns=end_ns)
+    assert processor.force_flush(10_000)
+    [row] = storage.records
+    assert (row.id, row.bank_id) == (operation.record_id, "b")
+    assert (row.started_at, row.ended_at) == (
+        ENDS_OF_TIME.get(start_ns, datetime(1970, 1, 1, tzinfo=UTC)),
+        ENDS_OF_TIME[end_ns],
+    )
+
+
+@pytest.mark.parametrize("start_ns", ENDS_OF_TIME)
+def test_an_operation_that_began_when_no_clock_says_so_is_on_disk_before_it_ends(
+    provider, processor, storage, start_ns
+):
+    outer = audit_operation("recall", required=True, start_ns=start_ns, tracer_provider=provider)
+    outer.start()
+    with outer.current():
+        inner = audit_operation("recall", bank_id="b", start_ns=start_ns, tracer_provider=provider)
+        inner.start()
+        inner.finish(end_ns=start_ns)
+    receipt = outer.record_id
+    del outer
+    assert processor.force_flush(10_000)
+    [row] = storage.records
+    assert (row.id, row.bank_id, row.started_at, row.outcome) == (receipt, "b", ENDS_OF_TIME[start_ns], "unknown")
+
+
+@pytest.mark.parametrize("start_ns", ENDS_OF_TIME)
+def test_a_gap_in_which_no_clock_says_so_is_a_row(audit, provider, storage, start_ns):
+    held = threading.Event()
+    storage.before_append = lambda records: held.wait(20)
+    processor = audit(storage=storage, max_queue_size=1, spool_dir=False)
+    for _ in range(2):
+        operation = audit_operation("recall", start_ns=start_ns, tracer_provider=provider)
+        operation.start()
+        operation.finish(end_ns=start_ns)
+    held.set()
+    assert processor.force_flush(10_000)
+    processor.shutdown()
+    [gap] = [row for row in storage.records if row.action == "audit.gap"]
+    assert (gap.started_at, gap.ended_at, gap.metadata["missing"]) == (ENDS_OF_TIME[start_ns],) * 2 + (1,)
 
 
 def test_a_schema_function_that_fails_does_not_reach_the_application(audit, provider, storage):
@@ -140,7 +217,8 @@ def test_there_is_no_receipt_for_what_will_be_refused(audit, provider, storage):
     assert emit(provider) is None
     held.set()
     assert processor.force_flush(10_000)
-    assert (len(storage.records), processor.stats()["refused_full"]) == (1, 1)
+    assert [row.action for row in storage.records if row.action != "audit.gap"] == ["recall"]
+    assert processor.stats()["refused_full"] == 1
 
 
 def test_the_tenant_and_the_actor_are_those_of_the_start(audit, provider, storage):
@@ -249,6 +327,13 @@ def test_a_required_operation_does_not_run_without_a_spool(audit, provider, stor
     assert required.runs == []
 
 
+def test_a_required_operation_inside_another_keeps_a_row_of_its_own(provider, processor, storage):
+    with audit_operation("recall", tracer_provider=provider) as outer:
+        receipt = emit(provider, required=True)
+    assert processor.force_flush(10_000)
+    assert [row.id for row in storage.records] == [receipt, outer.record_id]
+
+
 async def test_a_required_coroutine_does_not_run_without_a_pipeline(provider):
     @audited("recall", required=True, tracer_provider=provider)
     async def recall():
@@ -256,6 +341,74 @@ async def test_a_required_coroutine_does_not_run_without_a_pipeline(provider):
 
     with pytest.raises(AuditUnavailableError):
         await recall()
+
+
+def test_a_required_operation_does_not_run_while_it_can_not_be_put_on_the_disk(audit, storage, required, tmp_path):
+    audit(storage=storage)
+    (tmp_path / "astrocyte-otel-audit" / "spool").rmdir()
+    (tmp_path / "astrocyte-otel-audit" / "spool").write_text("a file in its place")
+    with pytest.raises(AuditUnavailableError):
+        required("b")
+    assert required.runs == []
+
+
+# Operations inside operations.
+
+
+def in_spool(tmp_path):
+    """Records in the spool, and operations that it has something of while they are under way."""
+    [process] = status(tmp_path / "astrocyte-otel-audit" / "spool")
+    return process.records, process.begun
+
+
+def test_an_operation_inside_another_is_on_disk_before_that_ends(provider, processor, tmp_path):
+    with audit_operation("recall", tracer_provider=provider):
+        with audit_operation("recall", bank_id="b", tracer_provider=provider):
+            pass
+        assert in_spool(tmp_path) == (0, 1)
+    assert in_spool(tmp_path) == (1, 0)
+
+
+def test_what_is_on_disk_of_an_operation_under_way_is_nothing_that_waits(provider, processor, storage):
+    with audit_operation("recall", tracer_provider=provider):
+        emit(provider)
+        assert processor.force_flush(10_000)
+        stats = processor.stats()
+        assert (stats["accepted"], stats["waiting"], stats["open"], storage.records) == (0, 0, 1, [])
+    assert processor.force_flush(10_000)
+    stats = processor.stats()
+    assert (stats["accepted"], stats["stored"], stats["open"], len(storage.records)) == (1, 1, 0, 1)
+
+
+def test_an_operation_inside_another_is_still_a_part_of_it_where_the_spool_has_no_room(
+    audit, provider, storage, tmp_path
+):
+    held = threading.Event()
+    storage.before_append = lambda records: held.wait(20)
+    processor = audit(storage=storage, spool_max_bytes=4_000)
+    with audit_operation("recall", tracer_provider=provider) as outer:
+        while emit(provider, "fill") is not None:
+            pass
+        emit(provider, bank_id="x" * 1_100)
+        assert in_spool(tmp_path)[1] == 0
+        held.set()
+        assert processor.force_flush(10_000)
+    assert processor.force_flush(10_000)
+    [row] = [row for row in storage.records if row.action == "recall"]
+    assert (row.id, row.bank_id) == (outer.record_id, "x" * 1_100)
+
+
+def test_of_three_levels_one_is_in_the_spool_at_last(provider, processor, storage, tmp_path):
+    with audit_operation("recall", tracer_provider=provider) as outermost:
+        with audit_operation("recall", tracer_provider=provider):
+            emit(provider, bank_id="b")
+            assert in_spool(tmp_path) == (0, 1)
+        assert processor.stats()["accepted"] == 0
+    assert in_spool(tmp_path)[0] == processor.stats()["accepted"] == 1
+    assert processor.force_flush(10_000)
+    assert [(row.id, row.bank_id) for row in storage.records] == [(outermost.record_id, "b")]
+    processor.shutdown()
+    assert list(status(tmp_path / "astrocyte-otel-audit" / "spool")) == []
 
 
 # Flush and shutdown.
@@ -299,14 +452,150 @@ def test_flush_is_false_at_its_timeout(provider, processor, storage):
     assert processor.force_flush(10_000)
 
 
-def test_the_stats_are_those_of_the_writer_and_the_open_operations(provider, processor):
+def test_the_stats_are_those_of_the_writer_and_the_open_operations(provider, processor, tmp_path):
+    assert processor.stats()["spool_bytes"] == 0
     emit(provider)
     with audit_operation("recall", tracer_provider=provider):
         assert processor.force_flush(10_000)
+        [segment] = tmp_path.rglob("000*.segment")
         assert processor.stats() == {
             "accepted": 1, "waiting": 0, "parked": 0, "stored": 1, "set_aside": 0, "lost": 0,
             "refused_full": 0, "adopted": 0, "damaged": 0, "refused_shutdown": 0, "unreadable": 0, "open": 1,
+            "spool_bytes": segment.stat().st_size,
         }  # fmt: skip
+    processor.shutdown()
+    assert processor.stats()["spool_bytes"] == 0
+
+
+def test_what_is_settled_stays_in_the_spool_for_as_long_as_it_is_told_to(audit, provider, storage, tmp_path):
+    processor = audit(storage=storage, spool_keep_seconds=3600, spool_max_bytes=8_000)
+    for _ in range(8):  # which is more than one part
+        emit(provider)
+        assert processor.force_flush(10_000)
+    segments = len(list(tmp_path.rglob("000*.segment")))
+    processor.shutdown()
+    assert (segments > 1, list(tmp_path.rglob("000*.segment")), len(storage.records)) == (True, [], 8)
+
+
+def test_what_has_stayed_is_written_again_when_the_database_was_away(audit, provider, storage):
+    processor = audit(storage=storage, spool_keep_seconds=3600)
+    first = emit(provider)
+    assert processor.force_flush(10_000)
+    storage.records.clear()  # as a standby that has taken over, and lacks the last commits
+    storage.before_append = unavailable
+    second = emit(provider)
+    assert not processor.force_flush(50)
+    storage.before_append = lambda records: None
+    assert wait_until(lambda: {row.id for row in storage.records} == {first, second})
+
+
+def test_its_counts_are_metrics_of_the_meter_provider_that_is_given(audit, provider, storage):
+    reader = InMemoryMetricReader()
+    meters = MeterProvider([reader], shutdown_on_exit=False)
+    processor = audit(storage=storage, meter_provider=meters)
+    emit(provider)
+    assert processor.force_flush(10_000)
+    [resource] = reader.get_metrics_data().resource_metrics
+    [scope] = resource.scope_metrics
+    found = {metric.name: metric.data.data_points for metric in scope.metrics}
+    assert [point.value for point in found["audit.records.exported"]] == [1]
+    meters.shutdown()
+
+
+# Another process writes.
+
+
+@pytest.fixture
+def beside(storage, provider):
+    """A processor that leaves writing to another process."""
+    exporter = AuditSpanExporter(storage=storage, actions="*", destination="here")
+    processor = AuditSpanProcessor(exporter, writer="external")
+    provider.add_span_processor(processor)
+    return processor
+
+
+@pytest.fixture
+def threads():
+    """Those that ran before the test."""
+    return set(threading.enumerate())
+
+
+def test_with_an_external_writer_nothing_is_written_here_and_no_thread_runs(
+    threads, beside, provider, storage, tmp_path
+):
+    assert emit(provider) is not None
+    assert not beside.force_flush(50)
+    assert set(threading.enumerate()) <= threads
+    [process] = status(tmp_path / "astrocyte-otel-audit" / "spool")
+    assert (process.alive, process.destination, process.records) == (True, "here", 1)
+    assert (storage.records, storage.batches) == ([], [])
+    stats = beside.stats()
+    assert stats.pop("spool_bytes") > 0
+    assert stats == {
+        "accepted": 1, "waiting": 1, "stored": 0, "set_aside": 0, "refused_full": 0, "refused_shutdown": 0,
+        "unreadable": 0, "open": 0,
+    }  # fmt: skip
+
+
+def test_what_an_external_writer_was_to_write_is_written_by_the_next_process_with_its_destination(
+    beside, provider, storage, audit
+):
+    with audit_operation("recall", tracer_provider=provider) as outer:
+        emit(provider, bank_id="b")
+    beside.shutdown()
+    another = MemoryStorage()
+    other = audit(storage=another, tracer_provider=TracerProvider(shutdown_on_exit=False), destination="there")
+    following = audit(storage=storage, tracer_provider=TracerProvider(shutdown_on_exit=False), destination="here")
+    assert wait_until(lambda: following.stats()["adopted"] == following.stats()["stored"] == 1)
+    assert [(row.id, row.bank_id) for row in storage.records] == [(outer.record_id, "b")]
+    for processor in (other, following):
+        processor.shutdown()
+    assert (another.records, other.stats()["adopted"]) == ([], 0)
+
+
+def test_a_required_operation_runs_beside_an_external_writer(beside, required, tmp_path):
+    required("b")
+    beside.shutdown()
+    with pytest.raises(AuditUnavailableError):
+        required("c")
+    assert required.runs == ["b"]
+    [process] = status(tmp_path / "astrocyte-otel-audit" / "spool")
+    assert (process.alive, process.records, process.begun) == (False, 1, 0)
+
+
+def test_a_shutdown_inside_a_required_operation_leaves_its_row_to_the_external_writer(beside, provider, tmp_path):
+    with audit_operation("recall", required=True, tracer_provider=provider):
+        emit(provider, bank_id="b")
+        beside.shutdown()
+        assert in_spool(tmp_path) == (0, 1)
+    assert in_spool(tmp_path) == (1, 0)
+    assert beside.stats()["refused_shutdown"] == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("spool_dir", False), ("spool_dir", __file__), ("spool_keep_seconds", 1), ("spool_keep_seconds", 0.5)],
+)
+def test_with_an_external_writer_what_would_leave_it_nothing_to_write_is_refused(storage, argument, value):
+    with pytest.raises(ConfigurationError, match=rf"^{argument}: .*writer='external'") as refused:
+        AuditSpanProcessor(AuditSpanExporter(storage=storage), writer="external", **{argument: value})
+    assert refused.value.source == argument
+
+
+def test_without_an_external_writer_a_spool_that_can_not_be_used_is_loudly_done_without(audit, storage, caplog):
+    audit(storage=storage, spool_dir=__file__, spool_keep_seconds=1)
+    [message] = [message for message in caplog.messages if "kept in memory only" in message]
+    assert "the spool can't be used, as its directory can't be made" in message
+
+
+def test_who_writes_may_come_from_the_environment(storage, monkeypatch):
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_WRITER", "external")
+    processor = AuditSpanProcessor(AuditSpanExporter(storage=storage))
+    assert "adopted" not in processor.stats()
+    processor.shutdown()
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_WRITER", "somebody")
+    with pytest.raises(ConfigurationError, match=r"^OTEL_ASTROCYTE_AUDIT_WRITER: got 'somebody'; accepted is thread"):
+        AuditSpanProcessor(AuditSpanExporter(storage=storage))
 
 
 # Next to others.
@@ -342,6 +631,19 @@ def test_the_current_span_is_a_pipelines_business_no_more_than_the_context(provi
 
 
 # What can't be used.
+
+
+@pytest.mark.parametrize("argument", ["writer", "spool_fsync", "on_full"])
+@pytest.mark.parametrize("value", ["somebody", "", "THREAD", True, 1, ["thread"]])
+def test_a_word_that_is_none_of_the_accepted_is_refused(storage, argument, value):
+    with pytest.raises(ConfigurationError, match=f"^{argument}: got .*; accepted is .* or "):
+        AuditSpanProcessor(AuditSpanExporter(storage=storage), **{argument: value})
+
+
+@pytest.mark.parametrize("value", [-1, -0.1, 86_401, float("inf"), float("nan"), True, "soon"])
+def test_a_time_to_keep_the_spool_that_is_negative_or_longer_than_a_day_is_refused(storage, value):
+    with pytest.raises(ConfigurationError, match=r"^spool_keep_seconds: got .* seconds from 0 to 86400"):
+        AuditSpanProcessor(AuditSpanExporter(storage=storage), spool_keep_seconds=value)
 
 
 @pytest.mark.parametrize("exporter", [None, "exporter", MemoryStorage()])

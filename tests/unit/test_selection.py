@@ -14,7 +14,8 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from astrocyte_otel_audit import SpanMapping
 from astrocyte_otel_audit.pipeline.captured import to_record
-from astrocyte_otel_audit.pipeline.selection import Selection
+from astrocyte_otel_audit.pipeline.segment import RECORD, captured_frame, frames, parse_captured
+from astrocyte_otel_audit.pipeline.selection import Selection, plain_attributes
 from astrocyte_otel_audit.record import ScopeDefaults, record_id
 
 OURS, THEIRS = InstrumentationScope("astrocyte_otel_audit"), InstrumentationScope("gateway.js")
@@ -54,6 +55,10 @@ def ended(
 def record_of(span, selection=None, **noted):
     captured = (selection or Selection("*")).capture(span, **noted)
     return None if captured is None else to_record(captured)
+
+
+def action_of(selection, span, parent_context=None):
+    return selection.action_of(span, plain_attributes(span), parent_context)
 
 
 def test_a_span_becomes_a_record_with_its_identity_its_times_and_its_service():
@@ -112,7 +117,7 @@ def test_what_nobody_said_is_none_and_the_transport_reads_unknown():
 def test_the_allowlist_decides_alike_at_the_start_and_at_the_end(actions, attributes, selected):
     selection, span = Selection(actions), ended(attributes)
     assert selection.may_audit(span.name, span.kind, span.attributes) is selected
-    assert (selection.action_of(span) is not None) is selected
+    assert (action_of(selection, span) is not None) is selected
     assert (selection.capture(span) is not None) is selected
 
 
@@ -124,7 +129,7 @@ class Action(str, enum.Enum):  # noqa: UP042 - unlike a StrEnum, its str() is it
 def test_an_action_out_of_an_enum_of_strings_is_that_string(provider, selection):
     span = provider.get_tracer("theirs").start_span("x", attributes={"audit.action": Action.RECALL})
     assert selection.may_audit("x", None, {"audit.action": Action.RECALL})
-    assert type(selection.action_of(span)) is str
+    assert type(action_of(selection, span)) is str
     span.end()
     record = record_of(span, selection)
     assert (record.action, type(record.action)) == ("recall", str)
@@ -144,8 +149,8 @@ def test_what_else_is_out_of_an_enum_of_strings_is_that_string_too():
 
 def test_a_span_that_names_its_action_is_not_asked_for_a_mapping():
     selection = Selection(["mapped"], [SpanMapping(span_name="audit recall", action="mapped")])
-    assert selection.action_of(ended()) is None
-    assert selection.action_of(ended(action=None)) == "mapped"
+    assert action_of(selection, ended()) is None
+    assert action_of(selection, ended(action=None)) == "mapped"
 
 
 @pytest.mark.parametrize(("flags", "sampled"), [(0, False), (1, True), (2, False), (3, True)])
@@ -206,7 +211,7 @@ def test_a_transport_is_the_spans_then_the_scopes_then_the_mappings(attribute, s
 
 
 def test_what_was_noted_at_the_start_goes_into_the_record():
-    record = record_of(ended(), record_id="noted", schema="tenant_a")
+    record = record_of(ended(), row_id="noted", schema="tenant_a")
     assert (record.id, record.schema) == ("noted", "tenant_a")
 
 
@@ -266,7 +271,7 @@ PROMPT = "tell me all about " + "x" * 100_000
 RAW = {"gen_ai.input.messages": PROMPT, "hindsight.query": PROMPT, "memory.bank": "b"}
 
 
-def test_of_another_librarys_span_only_what_a_record_needs_is_kept_in_memory():
+def test_of_another_librarys_span_only_what_a_record_needs_is_kept():
     mapping = SpanMapping(span_name="memory.{action}", bank_id=["memory.bank"])
     wire = {
         "audit.outcome": "failure",
@@ -278,15 +283,48 @@ def test_of_another_librarys_span_only_what_a_record_needs_is_kept_in_memory():
     }
     span = ended({**RAW, **wire}, action=None, name="memory.recall", instrumentation_scope=THEIRS)
     captured = Selection("*", [mapping]).capture(span)
-    assert captured.attributes == wire
+    assert captured.payload == {"astrocyte.audit.request.top_k": 3}
+    assert PROMPT not in captured_frame(RECORD, captured).decode()
     record = to_record(captured)
     assert (record.bank_id, record.outcome, record.error_type) == ("b", "failure", "TimeoutError")
     assert (record.actor_id, record.transport, record.request) == ("alice", "mcp", {"top_k": 3})
 
 
-def test_a_span_that_names_its_action_beside_raw_text_keeps_that_text_out_of_memory_too():
-    captured = Selection("*").capture(ended(RAW, instrumentation_scope=THEIRS))
-    assert captured.attributes == {"audit.action": "recall"}
+@pytest.mark.parametrize("emitter", [OURS, THEIRS], ids=["ours", "another's"])
+def test_a_span_that_names_its_action_beside_raw_text_keeps_that_text_out_too(emitter):
+    captured = Selection("*").capture(ended(RAW, instrumentation_scope=emitter))
+    assert captured.payload == {}
+    assert PROMPT not in captured_frame(RECORD, captured).decode()
+
+
+@pytest.mark.parametrize("emitter", [OURS, THEIRS], ids=["ours", "another's"])
+def test_what_is_captured_is_plain_data_that_says_the_same_once_the_spool_has_had_it(emitter):
+    span = ended({
+        "audit.outcome": "failure",
+        "audit.actor.id": "alice",
+        "audit.actor.type": Word.SERVICE,
+        "error.type": "TimeoutError",
+        "astrocyte.bank_id": 7,
+        "astrocyte.transport": "mcp",
+        "astrocyte.audit.request.query": "flu",
+        "astrocyte.audit.request.query.length": 3,
+        "astrocyte.audit.response.ids": ("m-1", "m-2"),
+        "astrocyte.audit.response.score": 0.5,
+        "astrocyte.audit.metadata.cached": False,
+        "astrocyte.audit.metadata.options.%empty": True,
+    }, instrumentation_scope=emitter)  # fmt: skip
+    captured = Selection("*").capture(span, scope=ScopeDefaults(schema="elsewhere"), schema="tenant_a")
+    [line] = frames(captured_frame(RECORD, captured))
+    read = parse_captured(line.content)
+    assert read._replace(payload={}) == captured._replace(payload={}, actor_type="service")
+    assert to_record(read) == to_record(captured)
+
+
+def test_each_span_has_the_service_of_its_own_resource():
+    selection = Selection("*")
+    web, worker = (Resource({"service.name": name}) for name in ("web", "worker"))
+    services = [record_of(ended(resource=resource), selection).service_name for resource in (web, web, worker, web)]
+    assert services == ["web", "web", "worker", "web"]
 
 
 TEXT = "Calvin's blood pressure is rising"
@@ -348,11 +386,11 @@ def test_a_mapped_span_that_starts_where_instrumentation_is_suppressed_is_none_o
     suppressed = otel_context.set_value(otel_context._SUPPRESS_INSTRUMENTATION_KEY, True)
     for context, taken in [(None, True), (otel_context.Context(), True), (suppressed, False)]:
         assert selection.may_audit("SELECT", SpanKind.CLIENT, {}, context) is taken
-        assert (selection.action_of(span, context) is not None) is taken
+        assert (action_of(selection, span, context) is not None) is taken
     token = otel_context.attach(suppressed)
     try:
         assert not selection.may_audit("SELECT", SpanKind.CLIENT, {})
-        assert selection.action_of(span) is None
+        assert action_of(selection, span) is None
     finally:
         otel_context.detach(token)
 
@@ -360,7 +398,7 @@ def test_a_mapped_span_that_starts_where_instrumentation_is_suppressed_is_none_o
 def test_an_operation_that_names_its_action_is_audited_where_instrumentation_is_suppressed_too():
     suppressed = otel_context.set_value(otel_context._SUPPRESS_INSTRUMENTATION_KEY, True)
     assert Selection("*").may_audit("audit recall", None, {"audit.action": "recall"}, suppressed)
-    assert Selection("*").action_of(ended(), suppressed) == "recall"
+    assert action_of(Selection("*"), ended(), suppressed) == "recall"
 
 
 def test_names_of_any_length_are_decided_on_and_not_kept():
@@ -368,7 +406,7 @@ def test_names_of_any_length_are_decided_on_and_not_kept():
     name = "memory." + "x" * 1_000_000
     assert selection.may_audit(name, SpanKind.INTERNAL, None)
     span = ended(action=None, name=name, instrumentation_scope=THEIRS)
-    assert selection.action_of(span) == "x" * 1_000_000
+    assert action_of(selection, span) == "x" * 1_000_000
     key = "astrocyte.audit.request." + "y" * 1_000_000
     references = sys.getrefcount(name), sys.getrefcount(key)
     assert record_of(ended({key: 1}, action="x" * 1_000_000), selection).request == {"y" * 1_000_000: 1}

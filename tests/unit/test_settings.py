@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,17 @@ GOOD = [
     ("table", "log", "_log$2", "log", "_log$2"),
     ("migrate", True, "Yes", True, True),
     ("migrate", False, "0", False, False),
+    ("writer", "external", "thread", "external", "thread"),
+    ("writer", "thread", "external", "thread", "external"),
+    ("destination", "eu:log/prod-1_a.b", "x" * 64, "eu:log/prod-1_a.b", "x" * 64),
+    ("spool_dir", "/a/b", "/c", Path("/a/b"), Path("/c")),
+    ("spool_dir", False, "off", False, False),
+    ("spool_max_bytes", 1, "5000", 1, 5000),
+    ("spool_fsync", "always", "never", "always", "never"),
+    ("spool_keep_seconds", 0, "86400", 0.0, 86400.0),
+    ("spool_keep_seconds", 2.5, "0", 2.5, 0.0),
+    ("on_full", "block", "drop", "block", "drop"),
+    ("on_full_timeout_millis", 5, "0.5", 5.0, 0.5),
     ("max_queue_size", 1, "5000", 1, 5000),
     ("max_export_batch_size", 10**9, "1", 10**9, 1),
     ("schedule_delay_millis", 5, "0.5", 5.0, 0.5),
@@ -46,6 +58,9 @@ BAD_ACTIONS = ["retain", "", "retain,recall", b"*", b"retain", 5, True, Foreign(
 BAD_NAMES = ["", "1st", "a b", 'a"b', "a;b", "a.b", "größe", "a\n", "a\x00", "x" * 64, b"log", 5, True, ["log"],
              "pg_log", "PG_log", "information_schema", "Information_Schema"]  # fmt: skip
 BAD_COUNTS = [0, -1, True, False, 1.0, "5", b"5", int, [5], -(10**5000)]
+BAD_WORDS = ["", "THREAD", "other", b"thread", 5, True, ["thread"], Foreign()]
+BAD_DESTINATIONS = ["", " ", "a b", "größe", "a\n", "a\x00", "x" * 65, "x" * 5000, b"a", 5, True, ["a"], Foreign()]
+BAD_SECONDS = [-1, -0.1, 86_400.1, True, False, float("nan"), float("inf"), "5", [5], 10**400, -(10**400), Foreign()]
 BAD_NUMBERS = [0, 0.0, -0.1, True, float("nan"), float("inf"), "5", [5], 10**400, 2_147_483_648]
 
 #: A setting and an argument that it refuses.
@@ -56,6 +71,12 @@ BAD_ARGUMENTS = [
     *(("schema", value) for value in BAD_NAMES),
     *(("table", value) for value in [*BAD_NAMES, "x" * 45, "x" * 5000, lambda: "log"]),
     *(("migrate", value) for value in [0, 1, "true", [], Foreign()]),
+    *((name, value) for name in ("writer", "spool_fsync", "on_full") for value in BAD_WORDS),
+    *(("destination", value) for value in BAD_DESTINATIONS),
+    *(("spool_dir", value) for value in ["", True, 5, ["a"], Foreign()]),
+    *(("spool_max_bytes", value) for value in BAD_COUNTS),
+    *(("spool_keep_seconds", value) for value in BAD_SECONDS),
+    *(("on_full_timeout_millis", value) for value in BAD_NUMBERS),
     *(("max_queue_size", value) for value in BAD_COUNTS),
     *(("max_export_batch_size", value) for value in BAD_COUNTS),
     *(("schedule_delay_millis", value) for value in BAD_NUMBERS),
@@ -67,6 +88,13 @@ BAD_TEXTS = [
     *(("schema", text) for text in ["1st", "pg_x", "a b"]),
     *(("table", text) for text in ["1st", "pg_x", "x" * 45]),
     *(("migrate", text) for text in ["maybe", "2", "on"]),
+    *(("writer", text) for text in ["both", "Thread", "thread,external"]),
+    *(("destination", text) for text in ["a b", "a@b", "x" * 65]),
+    *(("spool_max_bytes", text) for text in ["1GiB", "0"]),
+    *(("spool_fsync", text) for text in ["sometimes", "True"]),
+    *(("spool_keep_seconds", text) for text in ["a while", "-1", "86401", "nan", "inf", "5s"]),
+    *(("on_full", text) for text in ["wait"]),
+    *(("on_full_timeout_millis", text) for text in ["soon", "0"]),
     *(("max_queue_size", text) for text in ["many", "0", "-5", "1.5", "1e3", "9" * 5000]),
     *(("max_export_batch_size", text) for text in ["many", "0"]),
     *(("schedule_delay_millis", text) for text in ["soon", "0", "-1", "nan", "inf"]),
@@ -164,17 +192,21 @@ class TestRefusal:
             ("actions", [Foreign()]),
             ("schema", f"postgresql://me:{PASSWORD}@host/db"),
             ("table", f"host=a password={PASSWORD}"),
+            ("destination", f"postgresql://me:{PASSWORD}@host/db"),
+            ("destination", f"host=a password={PASSWORD}"),
+            ("writer", f"postgresql://me:{PASSWORD}@host/db"),
+            ("spool_keep_seconds", f"postgresql://me:{PASSWORD}@host/db"),
             ("max_queue_size", f"postgresql://me:{PASSWORD}@host/db"),
         ],
         ids=shown,
     )
     def test_never_shows_a_connection_string_wherever_it_went(self, name, argument, storage):
-        arguments = {"storage": storage} if name not in ("dsn", "max_queue_size") else {}
+        is_exporters = name not in ("max_queue_size", "writer", "spool_keep_seconds")
         with pytest.raises(ConfigurationError) as refused:
-            if name == "max_queue_size":
-                resolve(name, argument)
+            if is_exporters:
+                AuditSpanExporter(**{name: argument}, **({} if name == "dsn" else {"storage": storage}))
             else:
-                AuditSpanExporter(**arguments, **{name: argument})
+                resolve(name, argument)
         assert refused.value.source == name
         assert PASSWORD not in "".join(traceback.format_exception_only(refused.value))
         assert refused.value.__suppress_context__ or refused.value.__context__ is None

@@ -1,6 +1,9 @@
 """The writer: takes what is accepted, and doesn't rest until it is in the table. No clock is waited for in here."""
 
+import errno
+import gc
 import logging
+import os
 import random
 import threading
 import time
@@ -9,14 +12,19 @@ from contextlib import contextmanager
 
 import pytest
 
-from astrocyte_otel_audit import AuditSpanExporter
+from astrocyte_otel_audit import AuditRecord, AuditSpanExporter
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
+from astrocyte_otel_audit.pipeline import intake as intake_module
 from astrocyte_otel_audit.pipeline import writer as writer_module
-from astrocyte_otel_audit.pipeline.backlog import GAP_ACTION, Backlog
+from astrocyte_otel_audit.pipeline.acknowledgement import read_acknowledged
+from astrocyte_otel_audit.pipeline.backlog import GAP_ACTION, Backlog, Entry
+from astrocyte_otel_audit.pipeline.captured import Captured
 from astrocyte_otel_audit.pipeline.parking import Backoff
+from astrocyte_otel_audit.pipeline.segment import RECORD, captured_frame
+from astrocyte_otel_audit.pipeline.spool import Spool
 from astrocyte_otel_audit.pipeline.writer import Writer
 from astrocyte_otel_audit.postgres import Appended, Fault, FaultClass
-from tests.records import bare_record
+from tests.records import bare_record, captured_of
 from tests.support import MemoryStorage, unavailable
 
 #: Longer than any test: what would wait for this is woken, or the test fails.
@@ -43,7 +51,7 @@ class Gate:
 
 
 class Failing:
-    """Lets the first appends fail, each with the next error, then lets all pass."""
+    """Lets the first appends fail, each with the next error, then lets all pass; so does each None before that."""
 
     def __init__(self, *errors):
         self.errors = list(errors)
@@ -56,7 +64,8 @@ class Failing:
             error = self.errors.pop(0)
             if not self.errors:
                 self.failed.set()
-            raise error
+            if error is not None:
+                raise error
 
 
 def away():
@@ -65,12 +74,15 @@ def away():
 
 @pytest.fixture
 def make(storage):
-    """Makes writers onto the storage; by default none writes before it is asked to."""
+    """Makes writers onto the storage; by default none writes before it is asked to, and none has a disk."""
     made = []
 
-    def make(storage=storage, **arguments):
+    def make(storage=storage, root=None, spool=None, **arguments):
         defaults = {"capacity": 1000, "batch_size": 100, "delay_seconds": NEVER, "backoff": AT_ONCE}
-        writer = Writer(AuditSpanExporter(storage=storage, actions="*"), **{**defaults, **arguments})
+        arguments = {**defaults, **arguments}
+        options = {"max_bytes": 10**9, "max_in_memory": arguments["capacity"], "fsync": "never", **(spool or {})}
+        spool = Spool(root, "there", **options)
+        writer = Writer(AuditSpanExporter(storage=storage, actions="*"), spool=spool, **arguments)
         made.append((writer, storage))
         return writer
 
@@ -81,12 +93,17 @@ def make(storage):
         writer.stop(PATIENCE)
 
 
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "spool"
+
+
 def numbered(number, **changes):
-    return bare_record(number, trace_id=f"{number:032x}", **changes)
+    return captured_of(bare_record(number, trace_id=f"{number:032x}", **changes))
 
 
 def submit(writer, count, *, first=0, schema=None):
-    """Submit numbered records; say which were accepted."""
+    """Submit numbered operations; say which were accepted."""
     return [writer.submit(numbered(number, schema=schema)) for number in range(first, first + count)]
 
 
@@ -116,6 +133,31 @@ def in_background(function, *arguments):
     yield result
     thread.join(PATIENCE)
     assert not thread.is_alive(), "it hangs"
+
+
+def die(writer):
+    """Leave the files as a killed process does."""
+    writer._backlog.after_fork()
+
+
+def no_reading(monkeypatch, *, of=lambda descriptor: True):
+    """Let files not be read, as a disk does that has trouble, until `monkeypatch.undo`."""
+    real = os.pread
+
+    def pread(descriptor, length, offset):
+        if of(descriptor):
+            raise OSError(errno.EIO, "secret path")
+        return real(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+
+
+def adopt(writer, count):
+    """Let a writer write what others have left, and stop it."""
+    writer.start()
+    wait_until(lambda: writer.stats()["adopted"] == count)
+    assert writer.flush(PATIENCE)
+    assert writer.stop(PATIENCE) == 0
 
 
 # Batches.
@@ -172,8 +214,8 @@ def test_a_full_writer_refuses_the_newest_and_counts_them(make, storage):
     assert stored(storage) == [0, 1, 2]
     assert writer.flush(PATIENCE)  # for the gap, which has found room since
     (gap,) = gaps(storage)
-    assert gap.metadata == {"missing": 2, "reason": "the queue is full"}
-    assert (gap.started_at, gap.ended_at) == (numbered(3).started_at, numbered(4).started_at)
+    assert gap.metadata == {"missing": 2, "reason": "3 wait (max_queue_size)"}
+    assert (gap.started_at, gap.ended_at) == (bare_record(3).started_at, bare_record(4).started_at)
 
 
 def test_what_is_being_written_counts_against_the_capacity(make, storage):
@@ -212,18 +254,129 @@ def test_an_operation_may_end_while_another_is_being_accepted(make, storage, mon
     class Interrupted(Backlog):
         interrupted = False
 
-        def append(self, record):
+        def append(self, captured, line, **options):
             if not self.interrupted:
                 self.interrupted = True
                 submit(writer, 1, first=1)
-            return super().append(record)
+            return super().append(captured, line, **options)
 
-    monkeypatch.setattr(writer_module, "Backlog", Interrupted)
+    monkeypatch.setattr(intake_module, "Backlog", Interrupted)
     writer = make()
     with in_background(submit, writer, 1):
         pass
     assert writer.flush(PATIENCE)
-    assert sorted(stored(storage)) == [0, 1]
+    assert stored(storage) == [0, 1]
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Calls a function on the thread that writes next to a file, when the line is there and nothing else is done."""
+
+    def interrupt(function):
+        def write(descriptor, line):
+            written = real(descriptor, line)
+            monkeypatch.undo()
+            answers.append(function())
+            return written
+
+        answers, real = [], os.write
+        monkeypatch.setattr(os, "write", write)
+        return answers
+
+    return interrupt
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_operation_that_ends_while_another_is_being_written_comes_after_it(make, storage, root, interrupted, count):
+    writer = make(root=root, batch_size=2)
+    submit(writer, 1)
+    assert writer.flush(PATIENCE)  # there is a file, and it was read
+    answers = interrupted(lambda: submit(writer, count, first=2))
+    assert submit(writer, 1, first=1) == [True]
+    assert answers == [[True] * count]
+    assert writer.flush(PATIENCE)
+    submit(writer, 3, first=2 + count)
+    assert writer.flush(PATIENCE)
+    assert stored(storage) == list(range(5 + count))
+    assert (writer.stats()["accepted"], writer.stats()["damaged"]) == (5 + count, 0)
+    assert writer.stop(PATIENCE) == 0
+    assert list(root.iterdir()) == []
+
+
+def test_nothing_begins_and_nothing_is_held_while_an_operation_is_being_written(make, storage, root, interrupted):
+    writer = make(root=root)
+    answers = interrupted(lambda: (writer.begin(numbered(8)), writer.hold(numbered(9)), writer.release("unknown")))
+    assert submit(writer, 1) == [True]
+    assert answers == [(False, None, None)]
+    assert writer.stop(PATIENCE) == 0
+    assert stored(storage) == [0]
+    assert list(root.iterdir()) == []
+
+
+def test_what_ends_while_another_is_refused_is_refused_too(make, storage, root, monkeypatch):
+    """As a handler of a signal does that comes while the gap is being noted."""
+
+    def pwrite(descriptor, line, offset):
+        written = real(descriptor, line, offset)
+        monkeypatch.setattr(os, "pwrite", real)
+        answers.append(submit(writer, 1, first=101))
+        return written
+
+    answers, real = [], os.pwrite
+    storage.before_append = gate = Gate()
+    writer = make(root=root, spool={"max_bytes": 4_000})
+    accepted = sum(submit(writer, 100))
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    assert submit(writer, 1, first=100) == [False]
+    assert answers == [[True]]  # nobody could know
+    assert writer.stats()["refused_full"] == 102 - accepted
+    gate.open()
+    assert writer.flush(PATIENCE)
+    assert writer.flush(PATIENCE)
+    (gap,) = gaps(storage)
+    assert gap.metadata["missing"] == 102 - accepted
+
+
+def test_a_caller_waits_for_room_where_it_is_told_to(make, storage):
+    storage.before_append = gate = Gate()
+    writer = make(capacity=2, batch_size=2, block_seconds=PATIENCE)
+    submit(writer, 2)
+    assert gate.reached.wait(PATIENCE)
+    assert writer.has_room()
+    with in_background(submit, writer, 1) as answer:
+        wait_until(lambda: writer._changed._waiters)
+        assert answer == []
+        gate.open()
+    assert answer == [[True]]
+
+
+def test_a_caller_waits_for_room_no_longer_than_it_is_told_to(make, storage):
+    storage.before_append = gate = Gate()
+    writer = make(capacity=2, batch_size=2, block_seconds=0.05)
+    submit(writer, 2)
+    started = time.monotonic()
+    assert submit(writer, 1) == [False]
+    assert time.monotonic() - started >= 0.05
+    assert writer.stats()["refused_full"] == 1
+    gate.open()
+
+
+def test_the_logs_handler_may_audit(make, storage):
+    class Auditing(logging.Handler):
+        def emit(self, record):
+            answers.append(submit(writer, 1, first=9))
+
+    answers = []
+    writer = make(capacity=1)
+    handler = Auditing()
+    logging.getLogger("astrocyte_otel_audit").addHandler(handler)
+    try:
+        with in_background(submit, writer, 2) as result:
+            pass
+    finally:
+        logging.getLogger("astrocyte_otel_audit").removeHandler(handler)
+    assert (result, answers) == ([[True, False]], [[False]])
+    assert writer.stats()["refused_full"] == 2
 
 
 def test_the_logs_handler_may_ask_for_the_stats(make, storage):
@@ -379,6 +532,27 @@ def test_without_a_thread_the_stop_writes(make, storage, monkeypatch):
     assert (stored(storage), storage.closed) == ([0, 1, 2], True)
 
 
+def test_after_each_attempt_it_is_told_how_long_it_took_and_what_went_wrong(make, storage):
+    storage.before_append = Failing(DatabaseUnavailableError("no", "57P01"), away(), RuntimeError("its own words"))
+    told = []
+    writer = make(attempted=lambda seconds, error: told.append((seconds, error)))
+    submit(writer, 1)
+    assert writer.flush(PATIENCE)
+    assert [error for _, error in told] == ["57P01", "DatabaseUnavailableError", "RuntimeError", None]
+    assert all(0 <= seconds < PATIENCE for seconds, _ in told)
+
+
+def test_whoever_is_told_of_an_attempt_may_raise(make, storage):
+    def attempted(seconds, error):
+        raise RuntimeError("its own words")
+
+    storage.before_append = Failing(away())
+    writer = make(attempted=attempted)
+    submit(writer, 3)
+    assert writer.flush(PATIENCE)
+    assert stored(storage) == [0, 1, 2]
+
+
 # Parked tenants.
 
 
@@ -420,6 +594,7 @@ def test_many_locked_tenants_leave_the_others_their_time(make, storage):
     def wait_for_locks(records):
         if any(record.schema for record in records):
             seconds[0] += 5.0  # as a lock's timeout takes
+            time.sleep(0.0001)  # in which, unlike here, other threads have theirs
 
     storage.before_append = wait_for_locks
     storage.parked = {f"tenant_{number}": NO_TABLE for number in range(20)}
@@ -448,6 +623,68 @@ def test_parked_records_beyond_half_the_capacity_are_lost_and_counted(make, stor
     ]
 
 
+def test_parked_records_beyond_half_the_capacity_are_on_disk_only_and_loaded_again(make, storage, root):
+    storage.parked["a"] = NO_TABLE
+    writer = make(root=root, parking=NOT_BY_ITSELF, capacity=10, batch_size=2)
+    for number in range(20):
+        submit(writer, 1, first=number, schema="a")
+        assert not writer.flush(PATIENCE)
+    assert (writer.stats()["parked"], writer.stats()["lost"]) == (20, 0)
+    in_memory = [entry.record is not None for lane in writer._parking._lanes.values() for entry in lane.waiting]
+    assert 0 < sum(in_memory) <= 5
+    del storage.parked["a"]
+    assert writer.flush(PATIENCE)
+    assert stored(storage) == list(range(20))
+    stats = writer.stats()
+    assert (stats["stored"], stats["parked"], stats["damaged"]) == (20, 0, 0)
+
+
+def test_a_batch_that_is_parked_as_a_whole_is_on_disk_only_past_half_the_capacity(make, storage, root):
+    storage.parked["a"] = NO_TABLE
+    writer = make(root=root, parking=NOT_BY_ITSELF, capacity=10, batch_size=10)
+    submit(writer, 10, schema="a")
+    assert not writer.flush(PATIENCE)
+    assert all(entry.record is None for lane in writer._parking._lanes.values() for entry in lane.waiting)
+    del storage.parked["a"]
+    assert writer.flush(PATIENCE)
+    assert stored(storage) == list(range(10))
+
+
+def park_on_disk_only(make, storage, root, **arguments):
+    """Make a writer that has parked ten records and has none of them in memory, and let its tenant be mended."""
+    storage.parked["a"] = NO_TABLE
+    writer = make(root=root, parking=NOT_BY_ITSELF, capacity=10, batch_size=10, **arguments)
+    submit(writer, 10, schema="a")
+    assert not writer.flush(PATIENCE)
+    del storage.parked["a"]
+    return writer
+
+
+def test_parked_records_that_cant_be_read_for_a_while_are_waited_for(make, storage, root, monkeypatch, caplog):
+    monkeypatch.setattr(writer_module, "_TEND_SECONDS", 0.001)
+    writer = park_on_disk_only(make, storage, root)
+    caplog.clear()
+    no_reading(monkeypatch)
+    assert not writer.flush(0.05)
+    assert caplog.messages == ["the spool has trouble: it can't be read: Input/output error."]
+    stats = writer.stats()
+    assert (stats["damaged"], stats["lost"], stats["waiting"] + stats["parked"]) == (0, 0, 10)
+    monkeypatch.undo()
+    assert writer.flush(PATIENCE)
+    assert stored(storage) == list(range(10))
+
+
+def test_a_stop_leaves_parked_records_that_cant_be_read_in_the_spool(make, storage, root, monkeypatch):
+    writer = park_on_disk_only(make, storage, root)
+    no_reading(monkeypatch)
+    assert writer.stop(0.05) == 10
+    wait_until(lambda: writer._ended)
+    monkeypatch.undo()
+    adopt(make(root=root), 10)
+    assert stored(storage) == list(range(10))
+    assert list(root.iterdir()) == []
+
+
 def test_a_parked_tenant_is_said_once_and_so_is_its_end(make, storage, caplog):
     storage.parked["a"] = NO_TABLE
     writer = make(parking=AT_ONCE)
@@ -460,6 +697,509 @@ def test_a_parked_tenant_is_said_once_and_so_is_its_end(make, storage, caplog):
         f"audit records of schema 'a' wait: {NO_TABLE}.",
         "audit records of schema 'a' are being written again.",
     ]
+
+
+# The spool.
+
+
+def test_whatever_waits_only_few_operations_are_in_memory(make, storage, root):
+    def alive():
+        counts = Counter(map(type, gc.get_objects()))
+        return sum(counts[each] for each in (Entry, AuditRecord, Captured))
+
+    storage.before_append = failing = Failing(*(away() for _ in range(3)))
+    writer = make(root=root, capacity=1000, batch_size=500, backoff=NOT_BY_ITSELF)
+    captured = numbered(0)
+    gc.collect()
+    before = alive()
+    for number in range(50_000):
+        assert writer.submit(captured._replace(id=f"{number}", trace_id=f"{number:032x}"))
+    wait_until(lambda: failing.attempts)
+    assert alive() - before <= 2 * 500  # a batch: the entries, and their records
+    assert (writer.stats()["waiting"], writer.stats()["refused_full"]) == (50_000, 0)
+    failing.errors.clear()
+    assert writer.flush(PATIENCE)
+    assert stored(storage) == list(range(50_000))
+    assert max(storage.batches) == 500
+
+
+def test_own_files_that_cant_be_read_are_said_and_waited_for(make, storage, root, monkeypatch, caplog):
+    monkeypatch.setattr(writer_module, "_TEND_SECONDS", 0.001)
+    writer = make(root=root, batch_size=3)
+    no_reading(monkeypatch)
+    submit(writer, 3)
+    wait_until(lambda: caplog.messages)
+    assert caplog.messages == ["the spool has trouble: it can't be read: Input/output error."]
+    assert submit(writer, 3, first=3) == [True] * 3
+    assert not writer.flush(0.05)
+    stats = writer.stats()
+    assert (stats["waiting"], stats["lost"], stats["damaged"], storage.batches) == (6, 0, 0, [])
+    monkeypatch.undo()
+    wait_until(lambda: stored(storage) == list(range(6)))
+    assert writer.flush(PATIENCE)
+    assert (writer.stats()["stored"], writer.stats()["waiting"]) == (6, 0)
+
+
+def test_a_flush_does_not_wait_for_a_pause_since_own_files_could_not_be_read(make, storage, root, monkeypatch, caplog):
+    monkeypatch.setattr(writer_module, "_TEND_SECONDS", NEVER)
+    writer = make(root=root, batch_size=3)
+    no_reading(monkeypatch)
+    submit(writer, 3)
+    wait_until(lambda: caplog.messages and writer._changed._waiters)
+    monkeypatch.undo()
+    assert writer.flush(PATIENCE)
+    assert stored(storage) == [0, 1, 2]
+
+
+def test_a_stop_leaves_what_cant_be_read_in_the_spool_for_another_process(make, storage, root, monkeypatch, caplog):
+    writer = make(root=root)
+    no_reading(monkeypatch)
+    submit(writer, 3)
+    assert writer.stop(0.05) == 3
+    wait_until(lambda: writer._ended)
+    assert caplog.messages[-1] == (
+        "3 audit records were not written by the shutdown's deadline: they are in the spool."
+    )
+    assert (writer.stats()["lost"], writer.stats()["waiting"]) == (0, 3)
+    monkeypatch.undo()
+    adopt(make(root=root), 3)
+    assert stored(storage) == [0, 1, 2]
+    assert list(root.iterdir()) == []
+
+
+def test_while_the_disk_fails_records_wait_in_memory_in_their_order(make, storage, root, monkeypatch, caplog):
+    def fail(descriptor, line):
+        raise OSError(errno.ENOSPC, "secret path")
+
+    storage.before_append = gate = Gate()
+    now = [100.0]
+    writer = make(root=root, batch_size=4, spool={"clock": lambda: now[0]})
+    assert submit(writer, 5) == [True] * 5
+    assert gate.reached.wait(PATIENCE)
+    monkeypatch.setattr(os, "write", fail)
+    assert submit(writer, 6, first=5) == [True] * 6
+    assert writer._spool.in_memory == 6
+    monkeypatch.undo()
+    now[0] += 5.0
+    assert submit(writer, 6, first=11) == [True] * 6
+    assert writer._spool.in_memory == 6
+    gate.open()
+    assert writer.flush(PATIENCE)
+    assert stored(storage) == list(range(17))
+    assert writer._spool.in_memory == 0
+    assert writer.stop(PATIENCE) == 0
+    assert list(root.iterdir()) == []
+
+
+def test_a_place_that_is_damaged_is_counted_once_and_makes_a_flush_false(make, storage, root):
+    storage.before_append = gate = Gate()
+    writer = make(root=root, batch_size=1)
+    submit(writer, 1)
+    assert gate.reached.wait(PATIENCE)  # the next ones are not read yet
+    submit(writer, 3, first=1)
+    (path,) = root.glob("*/0*.segment")
+    position = path.read_bytes().index(numbered(2).id.encode())
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(b"?")
+    gate.open()
+    assert not writer.flush(PATIENCE)
+    assert stored(storage) == [0, 1, 3]
+    stats = writer.stats()
+    assert (stats["accepted"], stats["stored"], stats["damaged"], stats["lost"], stats["waiting"]) == (4, 3, 1, 0, 0)
+    assert writer.stop(PATIENCE) == 0
+    assert list(root.iterdir()) == []
+
+
+def test_a_stopped_writer_takes_what_has_begun_before_for_another_process(make, storage, root):
+    writer = make(root=root)
+    begun = numbered(0)
+    assert writer.begin(begun)
+    assert writer.stop(PATIENCE) == 0
+    assert not writer.begin(numbered(1))
+    assert (writer.submit(numbered(1)), writer.submit(begun)) == (False, True)
+    assert writer.stats()["refused_shutdown"] == 1
+    die(writer)
+    adopt(make(root=root), 1)
+    assert stored(storage) == [0]
+
+
+def test_what_has_begun_is_written_where_its_writer_has_died(make, storage, root):
+    writer = make(root=root)
+    assert writer.begin(numbered(0))
+    die(writer)
+    adopt(make(root=root), 1)
+    assert stored(storage) == [0]
+
+
+def test_a_part_is_written_by_itself_only_where_its_writer_has_died(make, storage, root):
+    writer = make(root=root)
+    outer = numbered(0)
+    writer.hold(numbered(1)._replace(id=outer.id))
+    submit(writer, 1, first=2)
+    assert writer.flush(PATIENCE)
+    assert stored(storage) == [2]
+    assert writer.stop(PATIENCE) == 0
+    writer.hold(numbered(3)._replace(id=outer.id))  # too late: it is its operation's to be refused
+    die(writer)
+    storage.records.clear()
+    adopt(make(root=root), 2)
+    assert sorted(stored(storage)) == [1, 2]  # the other one shares its file, and was there before
+
+
+@pytest.mark.parametrize("by", ["the operation around it", "its owner"])
+@pytest.mark.parametrize("disk", [True, False])
+def test_a_part_that_was_released_leaves_nothing(make, storage, root, by, disk):
+    writer = make(root=root if disk else None)
+    outer = numbered(0)
+    writer.hold(numbered(1)._replace(id=outer.id))
+    if by == "its owner":
+        writer.release(outer.id)
+    else:
+        writer.submit(outer)
+    assert writer.flush(PATIENCE)
+    assert writer.stop(PATIENCE) == 0
+    assert stored(storage) == {"the operation around it": [0], "its owner": []}[by]
+    assert not root.exists() or list(root.iterdir()) == []
+
+
+# What is kept after it is in the table.
+
+
+def kept(**options):
+    """Options of a spool that keeps what is settled, each record in a file of its own."""
+    return {"keep_seconds": 60.0, "segment_bytes": 1, **options}
+
+
+def ids(*numbers):
+    return [numbered(number).id for number in numbers]
+
+
+def test_after_a_failure_the_storage_gets_what_is_kept_once_more(make, storage, root):
+    storage.before_append = failing = Failing(None, None, away())
+    writer = make(root=root, spool=kept())
+    for number in range(2):
+        submit(writer, 1, first=number)
+        assert writer.flush(PATIENCE)
+    storage.records.clear()  # who has taken over lacks the last commits
+    submit(writer, 1, first=2)
+    wait_until(lambda: writer.flush(PATIENCE))
+    assert sorted(stored(storage)) == [0, 1, 2]
+    assert writer.stats()["stored"] == writer.stats()["accepted"] == 3
+    submit(writer, 1, first=3)
+    assert writer.flush(PATIENCE)
+    assert failing.attempts == [ids(0), ids(1), ids(2), ids(2), ids(0), ids(1), ids(2), ids(3)]  # once was enough
+    assert writer.stop(PATIENCE) == 0
+    assert list(root.iterdir()) == []
+
+
+def test_what_the_storage_has_still_is_there_once(make, storage, root):
+    storage.before_append = Failing(None, away())
+    writer = make(root=root, spool=kept(segment_bytes=10**6))
+    for number in range(2):
+        submit(writer, 1, first=number)
+        wait_until(lambda: writer.flush(PATIENCE))
+    assert stored(storage) == [0, 1]
+    assert writer.stats()["stored"] == writer.stats()["accepted"] == 2
+
+
+@pytest.mark.parametrize("segment_bytes", [1, 10**6])
+def test_by_default_nothing_is_written_once_more(make, storage, root, segment_bytes):
+    storage.before_append = failing = Failing(None, away())
+    writer = make(root=root, spool=kept(keep_seconds=0.0, segment_bytes=segment_bytes))
+    for number in range(2):
+        submit(writer, 1, first=number)
+        assert writer.flush(PATIENCE)
+    assert failing.attempts == [ids(0), ids(1), ids(1)]
+
+
+def test_without_a_failure_nothing_is_written_once_more(make, storage, root):
+    storage.before_append = failing = Failing()
+    writer = make(root=root, spool=kept())
+    for number in range(3):
+        submit(writer, 1, first=number)
+        assert writer.flush(PATIENCE)
+    assert failing.attempts == [ids(0), ids(1), ids(2)]
+
+
+def test_until_what_is_kept_was_written_once_more_a_flush_is_not_true(make, storage, root):
+    def before(records):
+        failing(records)
+        if len(failing.attempts) > 3:
+            gate(records)
+
+    gate, failing = Gate(), Failing(None, away())
+    storage.before_append = before
+    writer = make(root=root, spool=kept())
+    submit(writer, 1)
+    assert writer.flush(PATIENCE)
+    storage.records.clear()
+    submit(writer, 1, first=1)
+    assert not writer.flush(0.05)
+    assert gate.reached.wait(PATIENCE)
+    assert not writer.flush(0.05)
+    assert writer.stats()["waiting"] == 0
+    gate.open()
+    wait_until(lambda: writer.flush(PATIENCE))
+    assert sorted(stored(storage)) == [0, 1]
+
+
+def test_what_could_not_be_written_once_more_is_tried_again(make, storage, root, monkeypatch):
+    monkeypatch.setattr(writer_module, "_TEND_SECONDS", 0.001)
+    storage.before_append = failing = Failing(None, away(), None, away(), away())
+    writer = make(root=root, batch_size=1, spool=kept())
+    submit(writer, 1)
+    assert writer.flush(PATIENCE)
+    storage.records.clear()
+    submit(writer, 1, first=1)
+    wait_until(lambda: sorted(stored(storage)) == [0, 1] and writer.flush(PATIENCE))
+    assert failing.attempts == [ids(0), ids(1), ids(1), ids(0), ids(0), ids(0), ids(1)]
+
+
+def test_what_is_kept_is_written_in_batches_of_the_size(make, storage, root):
+    storage.before_append = failing = Failing()
+    writer = make(root=root, batch_size=3, spool=kept(segment_bytes=10**6))
+    submit(writer, 7)
+    assert writer.flush(PATIENCE)
+    failing.errors.append(away())
+    failing.attempts.clear()
+    submit(writer, 1, first=7)
+    wait_until(lambda: writer.flush(PATIENCE))
+    assert failing.attempts == [ids(7), ids(7), ids(0, 1, 2), ids(3, 4, 5), ids(6, 7)]
+
+
+def test_what_was_kept_for_long_enough_is_not_written_once_more(make, storage, root, monkeypatch):
+    monkeypatch.setattr(writer_module, "_TEND_SECONDS", 0.001)
+    now = [100.0]
+    storage.before_append = failing = Failing()
+    writer = make(root=root, spool=kept(clock=lambda: now[0]))
+    for number in range(3):
+        submit(writer, 1, first=number)
+        assert writer.flush(PATIENCE)
+        now[0] += 25.0
+    wait_until(lambda: not list(root.glob("*/000001.segment")))
+    failing.errors.append(away())
+    submit(writer, 1, first=3)
+    wait_until(lambda: writer.flush(PATIENCE))
+    assert failing.attempts[5:] == [ids(1), ids(2), ids(3)]
+
+
+def test_while_what_is_kept_is_written_once_more_a_parked_tenants_records_wait_as_before(make, storage, root):
+    storage.parked["a"] = NO_TABLE
+    storage.before_append = failing = Failing()
+    writer = make(root=root, parking=NOT_BY_ITSELF, spool=kept(segment_bytes=10**6))
+    submit(writer, 2, schema="a")
+    submit(writer, 2, first=2)
+    assert not writer.flush(PATIENCE)
+    failing.errors.append(away())
+    submit(writer, 1, first=4)
+    assert not writer.flush(PATIENCE)
+    stats = writer.stats()
+    assert (stats["parked"], stats["waiting"], stats["stored"]) == (2, 0, 3)
+    del storage.parked["a"]
+    wait_until(lambda: writer.flush(PATIENCE))
+    assert sorted(stored(storage)) == [0, 1, 2, 3, 4]
+    assert writer.stats()["stored"] == 5
+
+
+def test_what_is_kept_and_was_set_aside_is_counted_once(make, root):
+    class Refuses(MemoryStorage):
+        def append(self, records):
+            self.before_append(records)
+            return Appended(set_aside=[(record, Fault(FaultClass.SET_ASIDE, "no")) for record in records])
+
+    storage = Refuses()
+    storage.before_append = failing = Failing(None, away())
+    writer = make(storage, root=root, spool=kept())
+    for number in range(2):
+        submit(writer, 1, first=number)
+        assert not writer.flush(PATIENCE)
+    wait_until(lambda: len(failing.attempts) == 5)
+    assert (writer.stats()["set_aside"], writer.stats()["stored"]) == (2, 0)
+
+
+def test_without_a_disk_there_is_nothing_to_write_once_more(make, storage):
+    storage.before_append = failing = Failing(None, away())
+    writer = make(spool=kept())
+    for number in range(2):
+        submit(writer, 1, first=number)
+        wait_until(lambda: writer.flush(PATIENCE))
+    assert failing.attempts == [ids(0), ids(1), ids(1)]
+
+
+def test_what_is_kept_and_cant_be_read_is_said_and_keeps_nothing_from_being_written(
+    make, storage, root, monkeypatch, caplog
+):
+    storage.before_append = Failing(None, away())
+    writer = make(root=root, batch_size=1, spool=kept())
+    submit(writer, 1)
+    assert writer.flush(PATIENCE)
+    kept_inode = next(root.glob("*/000001.segment")).stat().st_ino
+    no_reading(monkeypatch, of=lambda file: os.fstat(file).st_ino == kept_inode)
+    submit(writer, 1, first=1)
+    wait_until(lambda: "the spool has trouble: it can't be read: Input/output error." in caplog.messages)
+    wait_until(lambda: stored(storage) == [0, 1])
+    monkeypatch.undo()
+    wait_until(lambda: writer.flush(PATIENCE))
+
+
+# Other processes, which leave writing to this one.
+
+
+@pytest.fixture
+def living(root):
+    """Makes processes that put what they accept into the spool, and write nothing themselves."""
+    made = []
+
+    def living(destination="there"):
+        options = {"max_bytes": 10**9, "max_in_memory": 10, "fsync": "never", "segment_bytes": 1_000}
+        spool = Spool(root, destination, cleared_by_others=True, **options)
+        made.append(Backlog(spool, lock=threading.RLock()))
+        return made[-1]
+
+    yield living
+    for process in made:
+        process.after_fork()  # closes
+
+
+@pytest.fixture
+def tailing(make, root, monkeypatch):
+    """Makes writers for such processes."""
+    monkeypatch.setattr(writer_module, "_TEND_SECONDS", 0.005)
+
+    def tailing(*destinations, **arguments):
+        writer = make(root=root, tailed=destinations or ["there"], delay_seconds=0.001, **arguments)
+        writer.start()
+        return writer
+
+    return tailing
+
+
+def leave(process, count, *, first=0, schema=None):
+    """Let a process accept numbered operations, for another one to write."""
+    for number in range(first, first + count):
+        captured = numbered(number, schema=schema)
+        assert process.append(captured, captured_frame(RECORD, captured))
+
+
+def is_told(process, stored, refused=0):
+    """Say whether a process has been told that all of its operations are settled, and how."""
+    return read_acknowledged(process.spool.path) == (*process.spool.end(), stored, refused)
+
+
+def test_a_tailing_writer_writes_what_living_processes_go_on_accepting(tailing, living, storage, root):
+    first = living()
+    leave(first, 20)
+    writer = tailing()
+    wait_until(lambda: is_told(first, 20))
+    assert stored(storage) == list(range(20))
+    second = living()
+    leave(second, 20, first=20)
+    leave(first, 20, first=40)
+    wait_until(lambda: is_told(first, 40) and is_told(second, 20))
+    assert sorted(stored(storage)) == list(range(60))
+    for process in (first, second):
+        assert len(list(process.spool.path.glob("0*.segment"))) == 1  # the one that grows
+    stats = writer.stats()
+    assert (stats["adopted"], stats["stored"], stats["accepted"], stats["waiting"]) == (60, 60, 0, 0)
+
+
+def test_a_tailing_writer_ends_though_the_others_go_on_and_the_next_goes_on_where_it_ended(tailing, living, storage):
+    def work():
+        while not enough.is_set():
+            leave(process, 1, first=len(left))
+            left.append(None)
+
+    enough, left, process = threading.Event(), [], living()
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        writer = tailing()
+        wait_until(lambda: len(stored(storage)) > 100)
+        assert writer.stop(PATIENCE) == 0
+        written = len(stored(storage))
+        wait_until(lambda: len(left) > written + 100)
+    finally:
+        enough.set()
+        thread.join()
+    assert len(stored(storage)) == written
+    first = read_acknowledged(process.spool.path)
+    assert first.stored == written
+    writer = tailing()
+    wait_until(lambda: read_acknowledged(process.spool.path)[:2] == process.spool.end())
+    assert stored(storage) == list(range(len(left)))
+
+
+def test_what_a_process_leaves_that_dies_is_written_and_cleared_away(tailing, living, storage, root):
+    process = living()
+    leave(process, 5)
+    assert process.begin(numbered(9))
+    tailing()
+    wait_until(lambda: is_told(process, 5))
+    leave(process, 3, first=5)
+    process.after_fork()  # as its end does
+    wait_until(lambda: list(root.iterdir()) == [])
+    assert sorted(stored(storage)) == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+
+
+def test_a_process_whose_records_are_set_aside_is_told_so(tailing, living):
+    class Refuses(MemoryStorage):
+        def append(self, records):
+            fault = Fault(FaultClass.SET_ASIDE, "no")
+            appended = super().append([record for record in records if record.action != "bad"])
+            appended.set_aside = [(record, fault) for record in records if record.action == "bad"]
+            return appended
+
+    storage, process = Refuses(), living()
+    leave(process, 3)
+    bad = numbered(3, action="bad")
+    process.append(bad, captured_frame(RECORD, bad))
+    writer = tailing(storage=storage)
+    wait_until(lambda: is_told(process, 3, refused=1))
+    assert (writer.stats()["stored"], writer.stats()["set_aside"]) == (3, 1)
+
+
+def test_while_postgres_is_away_the_others_are_told_nothing_and_lose_nothing(tailing, living, storage):
+    storage.before_append = failing = Failing(*(away() for _ in range(3)))
+    process = living()
+    leave(process, 20)
+    writer = tailing(backoff=NOT_BY_ITSELF)
+    wait_until(lambda: failing.attempts)
+    leave(process, 20, first=20)
+    assert read_acknowledged(process.spool.path) is None
+    wait_until(lambda: writer.flush(0.0))
+    wait_until(lambda: is_told(process, 40))
+    assert stored(storage) == list(range(40))
+
+
+def test_records_of_others_whose_tenant_is_parked_are_on_disk_until_it_is_not(tailing, living, storage):
+    storage.parked["a"] = NO_TABLE
+    process = living()
+    leave(process, 40, schema="a")
+    leave(process, 5, first=40)
+    writer = tailing(capacity=10, batch_size=5, parking=NOT_BY_ITSELF)
+    wait_until(lambda: stored(storage) == list(range(40, 45)))
+    wait_until(lambda: writer.stats()["parked"] == 40)
+    in_memory = [entry.record is not None for lane in writer._parking._lanes.values() for entry in lane.waiting]
+    assert sum(in_memory) <= 5
+    assert not is_told(process, 5)
+    del storage.parked["a"]
+    assert writer.flush(PATIENCE)
+    assert sorted(stored(storage)) == list(range(45))
+    wait_until(lambda: is_told(process, 45))
+
+
+def test_a_tailing_writer_leaves_other_destinations_alone(tailing, living, storage):
+    here, there, elsewhere = living("here"), living("there"), living("elsewhere")
+    for number, process in enumerate((here, there, elsewhere)):
+        leave(process, 1, first=number)
+    tailing("here", "there")
+    wait_until(lambda: is_told(here, 1) and is_told(there, 1))
+    elsewhere.after_fork()
+    leave(here, 1, first=3)
+    wait_until(lambda: is_told(here, 2))
+    assert sorted(stored(storage)) == [0, 1, 3]
+    assert len(list(elsewhere.spool.root.glob("*/000001.segment"))) == 3
 
 
 # Flush.
@@ -483,7 +1223,7 @@ def test_a_flush_is_true_only_once_all_accepted_before_it_is_stored(make, storag
 
 def test_a_flush_does_not_wait_for_what_is_accepted_after_it(make, storage):
     def first_passes_others_wait(records):
-        if records[0] != numbered(0):
+        if records[0].id != numbered(0).id:
             gate(records)
 
     gate = Gate()
@@ -757,7 +1497,7 @@ def test_the_stats_add_up(make):
     stats = writer.stats()
     assert stats == {
         "accepted": 15, "stored": 5, "set_aside": 5, "parked": 5, "lost": 0, "waiting": 0,
-        "refused_full": 0, "refused_shutdown": 0, "unreadable": 0, "adopted": 0, "damaged": 0,
+        "refused_full": 0, "refused_shutdown": 0, "unreadable": 0, "adopted": 0, "damaged": 0, "spool_bytes": 0,
     }  # fmt: skip
 
 

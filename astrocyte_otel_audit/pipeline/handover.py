@@ -1,0 +1,133 @@
+"""The handover: operations go to the spool, and another process brings them to the table.
+
+Nothing runs here but the callers: no thread, and no connection. `astrocyte-otel-audit writer` reads the segments while
+they grow, clears away those it is done with, and says in a file how far it has come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, read_acknowledged
+from astrocyte_otel_audit.pipeline.intake import Intake
+from astrocyte_otel_audit.pipeline.spool import Spool
+
+#: How often the spool is tended, by the calls that put something into it.
+_TEND_SECONDS: Final = 1.0
+#: How often is looked whether what is waited for has come.
+_POLL_SECONDS: Final = 0.01
+#: A writer that has said nothing for this long is missed.
+_MISSED_SECONDS: Final = 60.0
+
+
+class Handover(Intake):
+    """Accepts operations on any thread, for another process to write. Thread-safe.
+
+    Args:
+        spool: on disk.
+        block_seconds: how long a caller waits for room where there is none; 0 for not at all.
+        clock: monotonic seconds.
+        sleep: waits for some seconds.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        *,
+        block_seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._sleep = sleep
+        super().__init__(spool, block_seconds=block_seconds, clock=clock)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._tend_at = 0.0
+        self._acknowledged = Acknowledged(0, 0, 0, 0)
+        self._acknowledged_at = self._clock()
+
+    def start(self) -> None:
+        """Do nothing: there is nothing beside the callers."""
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until another process has written what is in the spool now.
+
+        Returns:
+            True only if every operation accepted before the call is in the table: no more, once one was set aside or
+            can't be read. False at the timeout.
+        """
+        with self._lock:
+            self._backlog.close_gap()
+            goal = self._spool.end()
+        deadline = self._clock() + timeout_seconds
+        while not self._look() >= goal:
+            if self._clock() >= deadline:
+                return False
+            self._sleep(_POLL_SECONDS)
+        return not self._acknowledged.refused
+
+    def stop(self, timeout_seconds: float) -> int:  # noqa: ARG002 - nobody has to be waited for
+        """Refuse new operations, and let go of the files: all that was accepted is in them.
+
+        Returns:
+            0.
+        """
+        with self._lock:
+            first, self._deadline = self._deadline is None, self._clock()
+            if first:
+                self._backlog.close_gap()
+                self._backlog.close()
+        return 0
+
+    def stats(self) -> dict[str, int]:
+        """Return counts since the start of the process, by the names of `Writer.stats`.
+
+        `stored` and `set_aside`, with what can't be read, are what the writing process has said so far.
+        """
+        self._look()
+        with self._lock:
+            accepted, done = self._backlog.accepted, self._acknowledged
+            return {
+                "accepted": accepted,
+                "waiting": max(0, accepted - done.stored - done.refused),
+                "stored": done.stored,
+                "set_aside": done.refused,
+                "refused_full": self._backlog.refused,
+                "refused_shutdown": self._counts["refused_shutdown"],
+                "unreadable": self._counts["unreadable"],
+                "spool_bytes": self._spool.bytes,
+            }
+
+    def _accepted(self, unread: int) -> None:  # noqa: ARG002 - by another process
+        now = self._clock()
+        if now >= self._tend_at:
+            self._tend(now)
+
+    def _wait_for_room(self, seconds: float) -> None:
+        deadline = self._clock() + seconds
+        while not self._backlog.has_room() and self._clock() < deadline:
+            self._tend(self._clock())
+            self._changed.wait(_POLL_SECONDS)  # nobody notifies, but others may have the lock meanwhile
+
+    def _tend(self, now: float) -> None:
+        self._tend_at = now + _TEND_SECONDS
+        for trouble in self._backlog.tend(adopting=False):
+            self._troubles.report("spool", trouble)
+        if self._look() < self._spool.end() and now - self._acknowledged_at > _MISSED_SECONDS:
+            self._troubles.report(
+                "writer",
+                "audit records wait in the spool, and no process has written any for a minute: run "
+                "`astrocyte-otel-audit writer`, as this user, for the same spool and destination",
+            )
+
+    def _look(self) -> tuple[int, int]:
+        """Return how far another process has come: up to which segment, and which offset there."""
+        path = self._spool.path
+        said = None if path is None else read_acknowledged(path)
+        if said is not None and said != self._acknowledged:
+            self._acknowledged, self._acknowledged_at = said, self._clock()
+            self._troubles.clear("writer", "audit records are being written again")
+        return self._acknowledged[:2]
