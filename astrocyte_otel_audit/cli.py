@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,18 +107,94 @@ def migrate(
     schema: Schema = settings.DEFAULT_SCHEMA,
     table: TableName = settings.DEFAULT_TABLE,
     create_schema: Annotated[bool, typer.Option("--create-schema", help="Create the schema if there is none.")] = False,
+    roles: Annotated[
+        bool, typer.Option("--roles", help="Also make the roles that may write, read and sweep the table.")
+    ] = False,
+    role_prefix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What the names of the roles begin with: NAME_writer, NAME_reader, NAME_sweeper.",
+            show_default=settings.DEFAULT_ROLE_PREFIX,
+        ),
+    ] = None,
 ) -> None:
     """Create the table, or upgrade the one that Astrocyte's migration 023 or an older release made.
 
     Safe to repeat, and to run from many processes at once. The role needs CREATE on the schema, or to own the table;
     the role that writes the log needs no more than INSERT afterwards.
+
+    With --roles it makes three roles that can't log in, with these rights on the
+    table and its side table, and no others: astrocyte_audit_writer may INSERT,
+    astrocyte_audit_reader may SELECT, astrocyte_audit_sweeper may SELECT, DELETE.
+    Whatever else they, or PUBLIC, could do with the tables is revoked. It needs
+    CREATEROLE where a role is missing, and to own the tables.
+
+    Then let the login role of your service, which must not own the tables, write
+    and do nothing else: GRANT astrocyte_audit_writer TO app_user.
+    Roles are the whole server's: all schemas and databases share these, unless
+    --role-prefix names others.
     """
-    with _table(dsn, schema, table) as audit_table:
-        applied = audit_table.migrate(create_schema=create_schema)
+    prefix = settings.role_prefix(settings.DEFAULT_ROLE_PREFIX if role_prefix is None else role_prefix, "--role-prefix")
+    if role_prefix is not None and not roles:
+        raise ConfigurationError("--role-prefix", f"got {role_prefix!r} without --roles; accepted is it with --roles")
     console = _console()
-    for name in applied:
-        console.print(f"applied {name}", highlight=False)
-    console.print(f"{schema}.{table} is up to date", highlight=False)
+    with _table(dsn, schema, table) as audit_table:
+        for name in audit_table.migrate(create_schema=create_schema):
+            console.print(f"applied {name}", highlight=False)
+        console.print(f"{schema}.{table} is up to date", highlight=False)
+        if roles:
+            made = audit_table.grant_roles(role_prefix=prefix)
+            console.print(
+                f"{made.writer} may INSERT, {made.reader} may SELECT, {made.sweeper} may SELECT, DELETE",
+                highlight=False,
+                soft_wrap=True,
+            )
+            console.print(
+                f"next: {made.next_step}, the login role of your service, which must not own the tables",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+@app.command()
+def doctor(
+    dsn: Dsn = None,
+    schema: Annotated[str | None, typer.Option(help="Schema of the tenant; by default as configured.")] = None,
+    table: Annotated[str | None, typer.Option(help="Name of the table; by default as configured.")] = None,
+    spool_dir: Annotated[
+        str | None, typer.Option(help="Directory of the spool, or off; by default as configured.")
+    ] = None,
+    actions: Annotated[
+        str | None, typer.Option(help="Actions or globs, comma-separated, that your code gives to configure_audit.")
+    ] = None,
+    canary: Annotated[
+        bool, typer.Option("--canary/--no-canary", help="Write a row, read it back, and leave none behind.")
+    ] = True,
+    timeout: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds to wait for each answer.")] = 10.0,
+    json: Json = False,
+) -> None:
+    """Find out why there are no rows: check settings, SDK, database, rights and spool, and say what to do.
+
+    Run it where your service runs, as its user and with its environment. It changes nothing. Exit codes: 0 nothing
+    failed, though there may be warnings; 1 something failed; 2 wrong usage; 3 Postgres can't be reached.
+    """
+    from astrocyte_otel_audit.doctor import Examination, examine, exit_status
+    from astrocyte_otel_audit.view.doctor import plain_line, styled_line, summary
+
+    with _dsn(dsn) if dsn and dsn.strip() else nullcontext(None) as connection_string:
+        examination = Examination(connection_string, schema, table, spool_dir, actions, canary, timeout)
+        console, found = _console(), []
+        for finding in examine(examination):
+            found.append(finding)
+            if json:
+                print(view.as_json(finding), flush=True)
+            elif sys.stdout.isatty():
+                console.print(styled_line(*finding))
+            else:
+                print(plain_line(*finding), flush=True)
+    _say(summary((finding.check, finding.status) for finding in found))
+    raise typer.Exit(exit_status(found))
 
 
 @app.command(name="list")
@@ -268,6 +347,48 @@ def spool_replay(
             f"{result.written} records of {result.processes} ended processes are in the table, {result.set_aside} were "
             f"set aside, {result.waiting} still wait, {result.damaged} lines can't be read"
         )
+
+
+@app.command()
+def writer(
+    dsn: Dsn = None,
+    schema: Schema = settings.DEFAULT_SCHEMA,
+    table: TableName = settings.DEFAULT_TABLE,
+    spool_dir: SpoolDir = None,
+    destination: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Processes with this destination, beside those with the same database and table; may be repeated.",
+            show_default=settings.DEFAULT_DESTINATION,
+        ),
+    ] = None,
+    migrate: Annotated[
+        bool,
+        typer.Option(
+            "--migrate", envvar=settings.PREFIX + "MIGRATE", help="Create or upgrade tables, and tenants' schemas."
+        ),
+    ] = False,
+) -> None:
+    """Write what all processes of this machine put into the spool that were set up with writer='external'.
+
+    They have no connection and no thread then: this one connection is for all of them. Run it as the same user, under
+    whatever keeps services running; of several, one writes and the others stand by. It ends on SIGTERM or Ctrl-C, and
+    what isn't written by then stays in the spool. What it does, and what keeps it from it, is on standard error.
+    """
+    from astrocyte_otel_audit.pipeline.beside import write_beside
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    with _dsn(dsn) as connection_string:
+        exporter = AuditSpanExporter(
+            dsn=connection_string, actions=(), mappings=(), schema=schema, table=table, migrate=migrate
+        )
+        counts = write_beside(
+            spool_dir or settings.default_spool_dir(), exporter, destination or [settings.DEFAULT_DESTINATION], stopped
+        )
+    _say(f"{counts['stored']} records are in the table, {counts['set_aside']} were set aside")
 
 
 @contextmanager

@@ -32,6 +32,23 @@ def role(database: str, *grants: str) -> Iterator[str]:
 
 
 @contextmanager
+def role_prefix(database: str) -> Iterator[str]:
+    """Give what the names of a test's roles may begin with. Roles are the server's, so they are dropped in the end."""
+    prefix = f"Audit-{uuid.uuid4().hex[:12]}"
+    try:
+        yield prefix
+    finally:
+        drop_roles(database, prefix)
+
+
+def drop_roles(database: str, prefix: str) -> None:
+    """Drop the roles whose names begin so, with what one database has granted to them."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        for (name,) in connection.execute("SELECT rolname FROM pg_roles WHERE starts_with(rolname, %s)", [prefix]):
+            connection.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(name)))
+
+
+@contextmanager
 def new_database(server_dsn: str) -> Iterator[str]:
     """Make a database for all tests of a module; give its DSN."""
     name = f"audit_module_{uuid.uuid4().hex}"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import selectors
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -40,14 +43,64 @@ class Connections(Protocol):
     #: The database, as a name without a secret in it: the same wherever the same one is meant.
     database: str
 
-    def connection(self) -> Any:
-        """Return a context manager that lends a connection to the calling thread."""
+    def connection(self, answer_seconds: float | None = None) -> Any:
+        """Return a context manager that lends a connection to the calling thread.
+
+        Args:
+            answer_seconds: how long one answer is waited for, where that can be said; without end by default.
+        """
 
     def close(self) -> None:
         """Close what this source has opened itself."""
 
     def after_fork(self) -> None:
         """Forget, without touching it, what belongs to the parent process."""
+
+
+class _ImpatientConnection(psycopg.Connection[Any]):
+    """A connection that is given up when an answer takes too long.
+
+    A server's own timeouts end nothing where the server is frozen, or what is before it swallows its answers; and
+    where everything is acknowledged, libpq's don't either.
+    """
+
+    answer_seconds: float | None = None
+    _is_stuck = False
+
+    def wait(self, gen: Any, *arguments: Any, **keywords: Any) -> Any:
+        """Wait for one answer; closes the connection and raises DatabaseUnavailableError where it takes too long."""
+        if self.answer_seconds is None:
+            return super().wait(gen, *arguments, **keywords)
+        deadline = time.monotonic() + self.answer_seconds
+        try:
+            wanted = next(gen)
+            while True:
+                if ready := self._ready(wanted, deadline):
+                    wanted = gen.send(ready)
+                else:  # whoever reads from it now finds that it has ended, and cleans up
+                    self._is_stuck, deadline = True, time.monotonic() + self.answer_seconds
+                    with socket.socket(fileno=os.dup(self.pgconn.socket)) as twin:
+                        twin.shutdown(socket.SHUT_RDWR)
+        except StopIteration as end:
+            return end.value
+        except psycopg.OperationalError:
+            if self._is_stuck:
+                raise DatabaseUnavailableError(
+                    "the server is connected and doesn't answer; is it stopped, or something before it stuck?"
+                ) from None
+            raise
+
+    def _ready(self, wanted: int, deadline: float) -> int:
+        """Return for what the socket is ready by the deadline; 0 for nothing."""
+        with selectors.DefaultSelector() as selector:
+            try:
+                selector.register(self.pgconn.socket, wanted)
+            except (OSError, ValueError, psycopg.OperationalError):
+                return wanted  # it was lost and closed; whoever waits for it will see so
+            while (left := deadline - time.monotonic()) > 0:
+                if ready := selector.select(min(left, 60.0)):  # a selector's own longest time is shorter than some
+                    return ready[0][1]
+        return 0
 
 
 class OwnConnection:
@@ -86,23 +139,28 @@ class OwnConnection:
                     )
         self.database = _fingerprint(given)
         self._lock = threading.Lock()
-        self._connection: psycopg.Connection[Any] | None = None
+        self._connection: _ImpatientConnection | None = None
 
     @contextmanager
-    def connection(self) -> Iterator[psycopg.Connection[Any]]:
+    def connection(self, answer_seconds: float | None = None) -> Iterator[psycopg.Connection[Any]]:
         """Lend the connection, opening it if there is none that works."""
         with self._lock:
             if self._connection is None or self._connection.closed:
-                self._connection = psycopg.connect(
+                self._connection = _ImpatientConnection.connect(
                     self._conninfo,
                     # pgbouncer in transaction mode gives every transaction another server, which knows no statement.
                     prepare_threshold=None,
                 )
+            connection = self._connection
+            connection.answer_seconds = answer_seconds
             try:
-                yield self._connection
+                yield connection
+            except psycopg.errors.ReadOnlySqlTransaction:
+                self._discard()  # what made it read-only may be over for new sessions only, or on another host
+                raise
             finally:
                 # In the middle of anything, as after an interrupt, it is of no use to the next user.
-                if self._connection.info.transaction_status is not TransactionStatus.IDLE:
+                if connection.info.transaction_status is not TransactionStatus.IDLE:
                     self._discard()
 
     def close(self) -> None:
@@ -143,7 +201,7 @@ class PooledConnections:
         except ConfigurationError:
             self.database = "pool"  # which connects by a coroutine of the application's own
 
-    def connection(self) -> Any:
+    def connection(self, answer_seconds: float | None = None) -> Any:  # noqa: ARG002 - the pool's are as they are
         """Lend a connection of the pool.
 
         Raises:

@@ -42,9 +42,7 @@ def migrate(
     with _transaction(connection, lock_timeout_seconds) as cursor:
         if not _pending(cursor, schema, table):
             return []
-    with _transaction(connection, lock_timeout_seconds) as cursor:
-        # Transaction-scoped, so it also holds behind a transaction pooler and can't be left behind.
-        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_lock_key(schema)])
+    with alone_in(connection, schema, lock_timeout_seconds) as cursor:
         if create_schema:
             cursor.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
         cursor.execute(statement("migrations_ledger", schema, table))
@@ -54,6 +52,23 @@ def migrate(
             cursor.execute(statement("migrations_done", schema, table), [version, name.rpartition("/")[2]])
             applied.append(name.rpartition("/")[2])
     return applied
+
+
+@contextmanager
+def alone_in(
+    connection: psycopg.Connection[Any], schema: str, lock_timeout_seconds: float
+) -> Iterator[psycopg.Cursor[Any]]:
+    """Give a transaction, beside which no other process changes one schema's tables, or who may use them, as we do.
+
+    Args:
+        connection: not inside a transaction.
+        schema: the tenant's.
+        lock_timeout_seconds: how long to wait for one lock.
+    """
+    with _transaction(connection, lock_timeout_seconds) as cursor:
+        # Transaction-scoped, so it also holds behind a transaction pooler and can't be left behind.
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_lock_key(schema)])
+        yield cursor
 
 
 @contextmanager

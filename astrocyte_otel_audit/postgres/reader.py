@@ -94,6 +94,8 @@ class AuditReader:
         self.table = table
         self._connections = connections
         self._statement_seconds = statement_seconds = min(statement_timeout_seconds, _LONGEST_SECONDS)
+        #: The server, where it answers at all, has given up before.
+        self._answer_seconds = statement_seconds * 1.5
         timeout, lock_timeout = (
             sql.Literal(f"{max(1, round(seconds * 1000))}ms")
             for seconds in (statement_seconds, min(statement_seconds, LONGEST_LOCK_SECONDS))
@@ -190,7 +192,7 @@ class AuditReader:
     def _read(self, name: str, parameters: dict[str, Any], schema: str | None) -> list[tuple[Any, ...]]:
         schema = self.schema if schema is None else settings.identifier(schema, "schema")
         try:
-            with self._connection() as connection, connection.transaction():
+            with self._connection(self._answer_seconds) as connection, connection.transaction():
                 cursor = plain_cursor(connection)
                 cursor.execute(self._settings, prepare=False)
                 cursor.execute("SET LOCAL transaction_read_only = on", prepare=False)
@@ -200,11 +202,11 @@ class AuditReader:
             raise DatabaseUnavailableError(fault.reason, fault.sqlstate) from None
 
     @contextmanager
-    def _connection(self) -> Iterator[psycopg.Connection[Any]]:
+    def _connection(self, answer_seconds: float | None = None) -> Iterator[psycopg.Connection[Any]]:
         """Lend a connection; where none is to be had, no statement and no record is to blame."""
         with ExitStack() as stack:
             try:
-                connection = stack.enter_context(self._connections.connection())
+                connection = stack.enter_context(self._connections.connection(answer_seconds))
             except Exception as error:
                 if isinstance(error, DatabaseUnavailableError):
                     raise

@@ -11,9 +11,9 @@ _FILES = resources.files("astrocyte_otel_audit.postgres") / "sql"
 
 
 @lru_cache(maxsize=1024)
-def statement(name: str, schema: str, table: str) -> sql.Composed:
-    """Return the statement of ``sql/<name>.sql`` for one schema's table."""
-    return sql.SQL(_text(name)).format(**_names(schema, table))
+def statement(name: str, schema: str, table: str, **roles: str) -> sql.Composed:
+    """Return the statement of ``sql/<name>.sql`` for one schema's table, and for roles if it is about some."""
+    return sql.SQL(_text(name)).format(**_names(schema, table), **_roles(roles))
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -30,7 +30,7 @@ def _text(name: str) -> str:
 
 
 def _names(schema: str, table: str) -> dict[str, sql.Composable]:
-    names: dict[str, sql.Composable] = {"schema": sql.Identifier(schema)}
+    names: dict[str, sql.Composable] = {"schema": sql.Identifier(schema), "schema_name": sql.Literal(schema)}
     for relation, suffix in (("log", ""), ("set_aside", "_set_aside"), ("migrations", "_migrations")):
         names[relation] = sql.Identifier(schema, table + suffix)
         # The same as a text, for functions that look it up.
@@ -39,3 +39,8 @@ def _names(schema: str, table: str) -> dict[str, sql.Composable]:
     for index in ("bank_started_idx", "action_started_idx", "started_idx", "trace_idx", "recorded_idx"):
         names[index] = sql.Identifier(f"{table}_{index}")
     return names
+
+
+def _roles(roles: dict[str, str]) -> dict[str, sql.Composable]:
+    names: dict[str, sql.Composable] = {kind: sql.Identifier(name) for kind, name in roles.items()}
+    return names | {f"{kind}_name": sql.Literal(name) for kind, name in roles.items()}

@@ -11,7 +11,7 @@ import psycopg
 
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
-from astrocyte_otel_audit.postgres import migrate
+from astrocyte_otel_audit.postgres import migrate, roles
 from astrocyte_otel_audit.postgres.connection import Connections
 from astrocyte_otel_audit.postgres.encoding import columns, side_row
 from astrocyte_otel_audit.postgres.faults import MENDED_BY_MIGRATING, Fault, FaultClass, classify
@@ -116,18 +116,29 @@ class AuditTable(AuditReader):
             DatabaseUnavailableError: the server can't be used now.
             psycopg.Error: it can, and refuses.
         """
-        with self._connection() as connection:
-            try:
-                return migrate.migrate(
-                    connection,
-                    schema or self.schema,
-                    self.table,
-                    create_schema=create_schema,
-                    lock_timeout_seconds=lock_timeout_seconds or self._statement_seconds,
-                )
-            except psycopg.Error as error:
-                _fault(error)
-                raise
+        with self._administering() as connection:
+            return migrate.migrate(
+                connection,
+                schema or self.schema,
+                self.table,
+                create_schema=create_schema,
+                lock_timeout_seconds=lock_timeout_seconds or self._statement_seconds,
+            )
+
+    def grant_roles(self, schema: str | None = None, *, role_prefix: str = settings.DEFAULT_ROLE_PREFIX) -> roles.Roles:
+        """Make the roles that may write, read and sweep one schema's table; see `postgres.roles.grant_roles`.
+
+        Raises:
+            ConfigurationError: a prefix that can't begin a role's name.
+            RolesError: a role can't be made, or can't have its rights and no others.
+            DatabaseUnavailableError: the server can't be used now.
+            psycopg.Error: it can, and refuses.
+        """
+        prefix = settings.role_prefix(role_prefix, "role_prefix")
+        with self._administering() as connection:
+            return roles.grant_roles(
+                connection, schema or self.schema, self.table, prefix, lock_timeout_seconds=self._statement_seconds
+            )
 
     def _append_together(self, batches: dict[str, list[AuditRecord]], result: Appended) -> bool:
         """Write the batches of several schemas in one transaction, or say that they have to go one by one."""
@@ -201,8 +212,17 @@ class AuditTable(AuditReader):
         return None
 
     @contextmanager
-    def _writing(self) -> Iterator[psycopg.Cursor[Any]]:
+    def _administering(self) -> Iterator[psycopg.Connection[Any]]:
         with self._connection() as connection:
+            try:
+                yield connection
+            except psycopg.Error as error:
+                _fault(error)
+                raise
+
+    @contextmanager
+    def _writing(self) -> Iterator[psycopg.Cursor[Any]]:
+        with self._connection(self._answer_seconds) as connection:
             # Nothing of it needs an answer but the last: in a pipeline, all of it is one round trip. On a busy
             # interpreter each wait can cost the thread a switch interval of the GIL, 5 ms.
             pipeline = connection.pipeline() if psycopg.Pipeline.is_supported() else nullcontext()

@@ -3,17 +3,22 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
 
 from astrocyte_otel_audit import cli
-from astrocyte_otel_audit.pipeline.segment import record_frame
+from astrocyte_otel_audit.pipeline.directory import destination_of
+from astrocyte_otel_audit.pipeline.segment import PROVISIONAL, RECORD, captured_frame
 from astrocyte_otel_audit.pipeline.spool import Spool
 from astrocyte_otel_audit.record import AuditRecord, record_id
+from tests.records import captured_of
+from tests.servers import role, role_prefix
 
 START = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 
@@ -173,6 +178,29 @@ def test_migrate_makes_a_tenants_schema_only_if_asked(command, empty_database):
     assert command("migrate", "--schema", "Tenant-A", "--create-schema", dsn=empty_database)[0] == 0
 
 
+def test_migrate_makes_roles_if_asked_and_says_what_to_do_next(command, empty_database):
+    with role_prefix(empty_database) as prefix:
+        code, out, _ = command("migrate", "--roles", "--role-prefix", prefix, dsn=empty_database)
+        assert code == 0
+        assert out.splitlines()[-3:] == [
+            "public.astrocyte_audit_log is up to date",
+            f"{prefix}_writer may INSERT, {prefix}_reader may SELECT, {prefix}_sweeper may SELECT, DELETE",
+            f'next: GRANT "{prefix}_writer" TO app_user, the login role of your service, which must not own the tables',
+        ]
+        with role(empty_database, f'"{prefix}_writer"') as writer:
+            assert command("list", dsn=writer)[0] == 3
+        assert command("migrate", "--roles", "--role-prefix", prefix, dsn=empty_database)[0] == 0
+
+
+def test_roles_that_can_not_be_made_leave_the_table_migrated_and_are_one_line(command, empty_database):
+    with role(empty_database, "CREATE ON SCHEMA public") as owner, role_prefix(empty_database) as prefix:
+        code, out, err = command("migrate", "--roles", "--role-prefix", prefix, dsn=owner)
+        assert code == 3
+        assert out.splitlines()[-1] == "public.astrocyte_audit_log is up to date"
+        assert re.fullmatch("error: .* needs CREATEROLE: .*\n", err)
+        assert command("list", dsn=owner)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -181,6 +209,14 @@ def test_migrate_makes_a_tenants_schema_only_if_asked(command, empty_database):
         (["list", "--after", "x"], 2, "after: not a cursor"),
         (["list", "--schema", "a;b"], 2, "--schema: got 'a;b'"),
         (["list", "--table", "nowhere"], 3, "the table does not exist; run `astrocyte-otel-audit migrate`"),
+        (
+            ["migrate", "--roles", "--role-prefix", 'a"b'],
+            2,
+            """--role-prefix: got 'a"b'; accepted is a name of 1 to 55""",
+        ),
+        (["migrate", "--roles", "--role-prefix", "a" * 56], 2, "accepted is a name of 1 to 55 letters"),
+        (["migrate", "--roles", "--role-prefix", ""], 2, "--role-prefix: got ''"),
+        (["migrate", "--role-prefix", "mine"], 2, "--role-prefix: got 'mine' without --roles"),
         (["list", "--limit", "0"], 2, "Invalid value for '--limit'"),
     ],
 )
@@ -228,6 +264,15 @@ def test_help_teaches(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "newest first" in out
     assert "OTEL_ASTROCYTE_AUDIT_DSN" in out
+
+
+def test_help_teaches_how_to_write_with_no_more_rights_than_needed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["astrocyte-otel-audit", "migrate", "--help"])
+    with pytest.raises(SystemExit):
+        cli.run()
+    out = capsys.readouterr().out
+    assert "GRANT astrocyte_audit_writer TO app_user" in out
+    assert "CREATEROLE" in out
 
 
 def test_the_demo_shows_nine_operations_as_nine_rows(empty_database):
@@ -284,11 +329,14 @@ def test_a_table_object_is_closed_by_every_command(command, table, database):
         assert ours.fetchone() == (0,)
 
 
-def leave_in_spool(root, destination="elsewhere"):
-    """Leave what a process leaves that was killed."""
-    spool = Spool(root, destination, max_bytes=10**6)
+def leave_in_spool(root, destination="elsewhere", parts=()):
+    """Leave what a process leaves that was killed: three operations, and parts of some that had not ended."""
+    spool = Spool(root, destination, max_bytes=10**6, max_in_memory=100)
     for number in range(3):
-        spool.append(record_frame(record(number)))
+        spool.append(captured_frame(RECORD, captured_of(record(number))))
+    for number, outer in parts:
+        part = captured_of(record(number), id=record(outer).id, replaces=record(number).id)
+        spool.append(captured_frame(PROVISIONAL, part))
     spool.after_fork()
 
 
@@ -306,6 +354,25 @@ def test_spool_status_shows_what_an_ended_process_left(command, tmp_path):
     code, out, _ = command("spool", "status", "--spool-dir", str(tmp_path / "spool"), "--json")
     said = json.loads(out)
     assert (said["alive"], said["destination"], said["records"], said["missing"]) == (False, "elsewhere", 3, 0)
+
+
+def test_what_an_operation_had_done_that_never_ended_is_shown_as_begun_and_replayed(command, table, tmp_path):
+    leave_in_spool(tmp_path / "spool", parts=[(7, 8)])
+    arguments = ("--spool-dir", str(tmp_path / "spool"), "--json")
+    said = json.loads(command("spool", "status", *arguments)[1])
+    assert (said["records"], said["begun"]) == (3, 1)
+    said = json.loads(command("spool", "replay", *arguments, "--any-destination")[1])
+    assert (said["processes"], said["written"], said["damaged"]) == (1, 4, 0)
+    newest, *others = table.search().records
+    assert newest._replace(recorded_at=None) == record(7, id=record(8).id, schema="public")
+    assert [found.id for found in others] == [record(number).id for number in (2, 1, 0)]
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_of_what_operations_inside_one_had_done_that_never_ended_one_row_is_replayed(command, table, tmp_path):
+    leave_in_spool(tmp_path / "spool", parts=[(6, 7), (7, 8)])
+    command("spool", "replay", "--spool-dir", str(tmp_path / "spool"), "--any-destination")
+    assert [found.id for found in table.search().records] == [record(number).id for number in (8, 2, 1, 0)]
 
 
 def test_spool_replay_leaves_another_destination_alone_unless_it_is_told_not_to(command, table, tmp_path):
@@ -327,3 +394,74 @@ def test_spool_replay_without_postgres_keeps_everything(command, tmp_path):
     assert code == 3
     assert "nothing listens" in err
     assert len(list((tmp_path / "spool").iterdir())) == 1
+
+
+@pytest.fixture
+def writer(database):
+    """Starts the command `writer` on the test's database, and ends it."""
+    started = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "astrocyte_otel_audit", "writer", "--dsn", database, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_until(condition, seconds=30):
+    """Whether it becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("destination", "options"), [("default", []), ("mine", ["--destination", "mine"])])
+def test_writer_writes_what_is_in_the_spool_until_it_is_ended(writer, table, tmp_path, destination, options, ending):
+    leave_in_spool(tmp_path / "spool", "elsewhere")
+    running = writer("--spool-dir", str(tmp_path / "spool"), *options)
+    leave_in_spool(tmp_path / "spool", destination, parts=[(7, 8)])
+    assert wait_until(lambda: len(table.search().records) == 4)
+    running.send_signal(ending)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (0, "")
+    assert err.splitlines()[-1] == "4 records are in the table, 0 were set aside"
+    left = [path for path in (tmp_path / "spool").iterdir() if path.is_dir()]
+    assert [destination_of(path) for path in left] == ["elsewhere"]
+
+
+def test_of_two_writers_one_stands_by_until_the_other_one_ends(writer, table, tmp_path):
+    first = writer("--spool-dir", str(tmp_path / "spool"))
+    assert "writing what is in" in first.stderr.readline()
+    second = writer("--spool-dir", str(tmp_path / "spool"))
+    assert "standing by" in second.stderr.readline()
+    first.kill()
+    leave_in_spool(tmp_path / "spool", "default")
+    assert "writing what is in" in second.stderr.readline()
+    assert wait_until(lambda: len(table.search().records) == 3)
+    second.terminate()
+    assert second.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--schema", "a;b"], "schema: got 'a;b'; accepted is a name"),
+        (["--table", "a.b"], "table: got 'a.b'; accepted is a name"),
+        (["--dsn", "no such form"], "dsn: can't be parsed"),
+        (["--dsn", ""], "dsn: not a connection string"),
+    ],
+)
+def test_a_writer_that_can_not_begin_says_why_in_one_line(writer, tmp_path, options, message):
+    running = writer("--spool-dir", str(tmp_path / "spool"), *options)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out, err.count("\n")) == (2, "", 1)
+    assert message in err
