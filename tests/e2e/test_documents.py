@@ -122,3 +122,15 @@ def test_every_module_is_in_the_index_or_in_a_room():
     ]
     # Parts that no reader looks for by themselves.
     assert set(missing) <= {"emit/scope.py", "pipeline/backlog.py", "postgres/statements.py", "view/records.py"}
+
+
+GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| (?!Fault|---)(.*) \|$", GUARANTEES, re.MULTILINE))
+def test_every_guarantee_names_what_proves_it(row):
+    *_, proof = row.split(" | ")
+    tests = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", proof)
+    assert tests or proof == "argued"
+    for path, name in tests:
+        assert f"def {name}" in (ROOT / path).read_text(encoding="utf-8")

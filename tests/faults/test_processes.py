@@ -20,8 +20,9 @@ from opentelemetry.sdk.trace import TracerProvider
 
 dsn, way, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 provider = TracerProvider()
+place = {} if os.environ.get("OTEL_ASTROCYTE_AUDIT_WRITER") == "external" else {"dsn": dsn}
 # Nothing is written by this process itself, unless its end is one that writes.
-processor = configure_audit(dsn=dsn, actions="*", tracer_provider=provider, schedule_delay_millis=3_600_000.0)
+processor = configure_audit(**place, actions="*", tracer_provider=provider, schedule_delay_millis=3_600_000.0)
 
 def emit(number):
     with audit_operation("recall", bank_id=f"bank-{number}", tracer_provider=provider):
@@ -112,6 +113,16 @@ elif way == "wait":
 """
 
 
+@pytest.fixture(params=["never", "interval", "always", "external"])
+def mode(request, monkeypatch):
+    """How the spool is synced, or that another process writes it; to what a process leaves, it makes no difference."""
+    if request.param == "external":
+        monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_WRITER", "external")
+        monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_DESTINATION", "default")  # for `spool replay`, which has a DSN
+    else:
+        monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_SPOOL_FSYNC", request.param)
+
+
 @pytest.fixture
 def start(database):
     """Starts the program; its output is the operations that have returned."""
@@ -190,6 +201,7 @@ def killed_in_the_middle(process):
 
 
 @pytest.mark.parametrize("way", ["SIGKILL", "SIGTERM", "_exit", "sys.exit", "exception", "end", "fork"])
+@pytest.mark.usefixtures("mode")
 def test_each_call_that_returned_is_one_row(start, replay, database, way, left):
     out, _ = start(way).communicate(timeout=60)
     returned = sorted(f"bank-{number}" for number in out.split())
@@ -201,6 +213,7 @@ def test_each_call_that_returned_is_one_row(start, replay, database, way, left):
     assert left() == []
 
 
+@pytest.mark.usefixtures("mode")
 def test_a_process_that_is_killed_in_the_middle_of_its_work_leaves_what_had_returned(start, replay, database):
     returned = len(killed_in_the_middle(start("wait", 0)))
     replay()
@@ -210,6 +223,7 @@ def test_a_process_that_is_killed_in_the_middle_of_its_work_leaves_what_had_retu
     assert len(set(rows)) == len(rows)
 
 
+@pytest.mark.usefixtures("mode")
 def test_a_required_operation_whose_process_dies_inside_leaves_a_row(start, replay, database):
     start("required").communicate(timeout=60)
     replay()
@@ -296,6 +310,7 @@ def test_an_operation_and_the_one_inside_it_are_one_row_where_the_process_is_kil
 
 
 @pytest.mark.parametrize("way", ["nested", "three"])
+@pytest.mark.usefixtures("mode")
 def test_wherever_a_process_is_killed_an_operation_and_those_inside_it_are_one_row(start, replay, database, left, way):
     returned = killed_in_the_middle(start(way, 0))
     replay()

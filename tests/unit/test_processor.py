@@ -117,7 +117,11 @@ ENDS_OF_TIME = {
 
 
 @pytest.mark.parametrize("spool_dir", [None, False])
-@pytest.mark.parametrize(("start_ns", "end_ns"), [(10**30, 10**30), (-(10**30), 10**30), (0, -(10**30))])
+@pytest.mark.parametrize(
+    ("start_ns", "end_ns"),
+    [(10**30, 10**30), (-(10**30), 10**30), (0, -(10**30))],
+    ids=["after all time", "all time", "backwards"],
+)
 def test_times_that_no_clock_says_are_the_last_that_can_be_written(
     audit, provider, storage, spool_dir, start_ns, end_ns
 ):
@@ -134,7 +138,7 @@ def test_times_that_no_clock_says_are_the_last_that_can_be_written(
     )
 
 
-@pytest.mark.parametrize("start_ns", ENDS_OF_TIME)
+@pytest.mark.parametrize("start_ns", ENDS_OF_TIME, ids=["after", "before"])
 def test_an_operation_that_began_when_no_clock_says_so_is_on_disk_before_it_ends(
     provider, processor, storage, start_ns
 ):
@@ -151,7 +155,7 @@ def test_an_operation_that_began_when_no_clock_says_so_is_on_disk_before_it_ends
     assert (row.id, row.bank_id, row.started_at, row.outcome) == (receipt, "b", ENDS_OF_TIME[start_ns], "unknown")
 
 
-@pytest.mark.parametrize("start_ns", ENDS_OF_TIME)
+@pytest.mark.parametrize("start_ns", ENDS_OF_TIME, ids=["after", "before"])
 def test_a_gap_in_which_no_clock_says_so_is_a_row(audit, provider, storage, start_ns):
     held = threading.Event()
     storage.before_append = lambda records: held.wait(20)
