@@ -472,6 +472,24 @@ def test_files_that_vanish_meanwhile_cost_only_themselves(leave, adopted, root):
     assert reader.settled
 
 
+def test_a_file_that_vanishes_while_it_is_opened_costs_only_itself(leave, adopted, monkeypatch):
+    path = leave(lines(5), segment_bytes=1)
+    (reader,) = adopted()
+    found = reader.read(2)
+    real = os.open
+
+    def vanishing(file, *arguments, **options):
+        if str(file).endswith("000003.segment"):
+            (path / "000003.segment").unlink()
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", vanishing)
+    found += read(reader)
+    assert [each.record for each in found] == [full_record(n) for n in (0, 1, 3, 4)]
+    settle(reader, found)
+    assert reader.settled
+
+
 def test_what_cant_be_opened_is_an_error_and_is_there_the_next_time(leave, adopted, monkeypatch):
     leave(lines(10), segment_bytes=1)
     (reader,) = adopted()

@@ -515,6 +515,15 @@ def test_past_the_cap_nothing_can_begin(make):
     assert not backlog.has_begun(full_captured(200).id)
 
 
+def test_nothing_begins_where_there_is_room_for_its_beginning_and_perhaps_not_for_its_end(make):
+    backlog = make(max_bytes=1_700)
+    fill(backlog, 1)
+    begun = full_captured(1)
+    assert backlog.spool.bytes + 2 * len(captured_frame(RECORD, begun)) > 1_700
+    assert not backlog.begin(begun)
+    assert accept(backlog, begun)
+
+
 def test_where_its_beginning_cant_be_written_nothing_has_begun(make, monkeypatch):
     backlog = make()
 
@@ -732,6 +741,21 @@ def test_a_part_whose_operation_was_accepted_is_no_row_besides(make):
     backlog = make()
     backlog.adopt()
     assert drain(backlog) == full_records(3)
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_what_is_known_of_a_row_replaces_what_was_known_of_the_one_that_it_takes_in(make, dies):
+    first = make()
+    outer, middle = full_captured(0), full_captured(1)
+    first.hold(part_of(middle))
+    first.hold(part_of(outer)._replace(replaces=middle.id))
+    assert (first.has_begun(middle.id), first.has_begun(outer.id)) == (False, True)
+    if not dies:
+        accept(first, outer)
+    die(first)
+    second = make()
+    second.adopt()
+    assert [record.id for record in drain(second)] == [outer.id]
 
 
 def test_a_part_that_is_held_outlives_the_end_of_its_backlog(make):

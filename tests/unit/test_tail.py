@@ -11,7 +11,7 @@ from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, read_ack
 from astrocyte_otel_audit.pipeline.adoption import adopt, tail
 from astrocyte_otel_audit.pipeline.captured import filled, to_record
 from astrocyte_otel_audit.pipeline.directory import ACKNOWLEDGED, GAP, LOCK, directories, try_lock
-from astrocyte_otel_audit.pipeline.segment import PROVISIONAL, RECORD, captured_frame
+from astrocyte_otel_audit.pipeline.segment import PROVISIONAL, RECORD, FileSegment, captured_frame
 from astrocyte_otel_audit.pipeline.spool import Spool
 from tests.records import full_captured, full_record, full_records
 
@@ -232,6 +232,26 @@ def test_a_torn_line_is_damaged_once_another_file_follows(make, tailed, root):
     assert (records(read_all(reader)), reader.damaged) == ([full_record(2)], 1)
     (kept,) = root.glob("damaged-*")
     assert kept.read_bytes() == line_of(1)[:100] + b"\n"
+
+
+def test_what_is_written_while_it_is_read_is_read_although_another_file_follows(make, tailed, monkeypatch):
+    spool = make(segment_bytes=2_000)
+    append(spool, 0)
+    (reader,) = tailed()
+    found = read_all(reader)
+    real, left = FileSegment.read, [range(1, 6)]
+
+    def read(segment, offset, limit):
+        data = real(segment, offset, limit)
+        if left:
+            append(spool, *left.pop())
+        return data
+
+    monkeypatch.setattr(FileSegment, "read", read)
+    while len(found) < 6 and reader.has_more():
+        found += reader.read(10)
+    assert records(found) == full_records(6)
+    assert names(spool) == ["000001.segment", "000002.segment"]
 
 
 def test_the_records_of_what_was_read_are_found_again(make, tailed):

@@ -674,6 +674,31 @@ def test_parked_records_that_cant_be_read_for_a_while_are_waited_for(make, stora
     assert stored(storage) == list(range(10))
 
 
+def test_a_flush_does_not_wait_for_a_pause_since_parked_records_could_not_be_read(make, storage, root, monkeypatch):
+    monkeypatch.setattr(writer_module, "_TEND_SECONDS", NEVER)
+    writer, tries = park_on_disk_only(make, storage, root), []
+    no_reading(monkeypatch, of=lambda file: not tries.append(file))
+    assert not writer.flush(0.05)
+    assert 1 <= len(tries) <= 2
+    monkeypatch.undo()
+    assert writer.flush(PATIENCE)
+    assert stored(storage) == list(range(10))
+
+
+def test_a_parked_record_that_is_damaged_on_disk_is_counted_and_holds_up_nothing(make, storage, root):
+    writer = park_on_disk_only(make, storage, root)
+    (path,) = root.glob("*/0*.segment")
+    with path.open("r+b") as file:
+        file.seek(path.read_bytes().index(numbered(4).id.encode()))
+        file.write(b"?")
+    assert not writer.flush(PATIENCE)
+    assert stored(storage) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    stats = writer.stats()
+    assert (stats["stored"], stats["damaged"], stats["lost"], stats["waiting"], stats["parked"]) == (9, 1, 0, 0, 0)
+    assert writer.stop(PATIENCE) == 0
+    assert list(root.iterdir()) == []
+
+
 def test_a_stop_leaves_parked_records_that_cant_be_read_in_the_spool(make, storage, root, monkeypatch):
     writer = park_on_disk_only(make, storage, root)
     no_reading(monkeypatch)
@@ -1128,6 +1153,33 @@ def test_a_tailing_writer_ends_though_the_others_go_on_and_the_next_goes_on_wher
     writer = tailing()
     wait_until(lambda: read_acknowledged(process.spool.path)[:2] == process.spool.end())
     assert stored(storage) == list(range(len(left)))
+
+
+def test_a_tailing_writer_ends_though_there_is_always_more(tailing, living, storage):
+    def before(records):
+        leave(process, 1, first=len(written))
+        written.append(None)
+
+    written, process = [None], living()
+    leave(process, 1)
+    storage.before_append = before
+    writer = tailing()
+    wait_until(lambda: len(written) > 5)
+    with in_background(writer.stop, NEVER) as left:
+        pass
+    assert left == [0]
+    assert stored(storage) == list(range(len(stored(storage))))
+
+
+def test_a_tailing_writer_looks_for_more_as_often_as_its_delay_says(tailing, living, monkeypatch):
+    process = living()
+    leave(process, 1)
+    writer = tailing()
+    wait_until(lambda: is_told(process, 1))
+    monkeypatch.setattr(writer_module, "_TEND_SECONDS", NEVER)
+    wait_until(lambda: writer._tend_at > time.monotonic() + PATIENCE)
+    leave(process, 1, first=1)
+    wait_until(lambda: is_told(process, 2))
 
 
 def test_what_a_process_leaves_that_dies_is_written_and_cleared_away(tailing, living, storage, root):
