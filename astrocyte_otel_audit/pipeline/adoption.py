@@ -88,7 +88,9 @@ class SpoolReader:
             return
         self._lock = try_lock(self.path / LOCK)
         if self._lock is None and not (self.path / LOCK).exists():  # whoever took it over is done with it
-            self.exhausted = True
+            self.exhausted, self._reading = True, None
+            for row_id in list(self._provisional):
+                self._forget(row_id)
             for segment in list(self._open):
                 segment.sealed = True
                 self._let_go(segment)

@@ -846,3 +846,17 @@ def test_whatever_happens_every_record_is_read_and_none_goes_before_it_is_settle
     assert settled == {record.id for record in full_records(written)}
     assert reader.settled
     assert list(directories(root)) == []
+
+
+def test_what_had_begun_in_a_process_that_another_one_took_over_is_let_go_of(root, make, tailed):
+    spool = make()
+    spool.append(begun(1))
+    (reader,) = tailed()
+    assert reader.read(7) == []
+    spool.close()
+    (other,) = adopt(root, ["there"])
+    for found in read_all(other):
+        other.settle(found.segment, found.offset)
+    assert other.settled
+    reader.look_after()
+    assert (reader.exhausted, reader.settled, reader.has_more(), reader.read(7)) == (True, True, False, [])
