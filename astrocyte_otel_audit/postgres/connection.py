@@ -201,7 +201,11 @@ class PooledConnections:
         except ConfigurationError:
             self.database = "pool"  # which connects by a coroutine of the application's own
 
-    def connection(self, answer_seconds: float | None = None) -> Any:  # noqa: ARG002 - the pool's are as they are
+    @contextmanager
+    def connection(
+        self,
+        answer_seconds: float | None = None,  # noqa: ARG002 - the pool's are as they are
+    ) -> Iterator[psycopg.Connection[Any]]:
         """Lend a connection of the pool.
 
         Raises:
@@ -212,7 +216,12 @@ class PooledConnections:
                 "the lent pool was made before this process was forked, and can't be used in it; "
                 "call configure_audit() in each process, or give it a dsn in place of the pool"
             )
-        return self._pool.connection()
+        with self._pool.connection() as connection:
+            try:
+                yield connection
+            except psycopg.errors.ReadOnlySqlTransaction:
+                connection.close()  # as with one of our own; the pool makes another
+                raise
 
     def close(self) -> None:
         """Do nothing: the pool is the application's."""

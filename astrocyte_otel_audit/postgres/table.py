@@ -223,8 +223,8 @@ class AuditTable(AuditReader):
     @contextmanager
     def _writing(self) -> Iterator[psycopg.Cursor[Any]]:
         with self._connection(self._answer_seconds) as connection:
-            # Nothing of it needs an answer but the last: in a pipeline, all of it is one round trip. On a busy
-            # interpreter each wait can cost the thread a switch interval of the GIL, 5 ms.
+            # In a pipeline no statement waits for the one before it. On a busy interpreter each wait can cost the
+            # thread a switch interval of the GIL, 5 ms.
             pipeline = connection.pipeline() if psycopg.Pipeline.is_supported() else nullcontext()
             with pipeline, connection.transaction():
                 cursor = plain_cursor(connection)

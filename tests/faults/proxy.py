@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -51,7 +52,10 @@ class Proxy:
         self._run(self._refuse())
 
     def blackhole(self) -> None:
-        """Drop every packet of every connection and of new ones, so that nothing is acknowledged. Linux only."""
+        """Drop every packet of every connection and of new ones, so that nothing is acknowledged.
+
+        Only where `can_drop_packets`.
+        """
         self._run(self._blackhole())
 
     def hold_answers(self) -> None:
@@ -175,6 +179,16 @@ class Proxy:
             else:
                 sink.write(piece)
         await asyncio.sleep(self._delay)
+
+
+def can_drop_packets() -> bool:
+    """Say whether the kernel lets us: it is Linux, and here and there one has to be root."""
+    with socket.socket() as probe:
+        try:
+            _drop(probe)
+        except OSError:
+            return False
+    return sys.platform == "linux"
 
 
 def _drop(each: socket.socket) -> None:

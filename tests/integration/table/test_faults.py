@@ -9,10 +9,12 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import ConnectionPool
 
@@ -321,6 +323,20 @@ class TestLentPool:
         with pool.connection() as connection:
             assert connection.execute("SELECT name, setting FROM pg_settings ORDER BY name").fetchall() == before
         assert pool.get_stats().get("returns_bad", 0) == 0
+
+    def test_a_session_that_began_as_a_read_only_one_is_not_lent_again(self, database, connection):
+        setting = sql.SQL("ALTER DATABASE {} {} default_transaction_read_only {}")
+        name = sql.Identifier(connection.info.dbname)
+        connection.execute(setting.format(name, sql.SQL("SET"), sql.SQL("= on")))
+        with ConnectionPool(database, min_size=1, max_size=1) as pool:
+            table = AuditTable(PooledConnections(pool))
+            with pytest.raises(DatabaseUnavailableError):
+                table.append([full_record()])
+            connection.execute("SET default_transaction_read_only = off")
+            connection.execute(setting.format(name, sql.SQL("RESET"), sql.SQL("")))
+            with suppress(DatabaseUnavailableError):  # by one that was made meanwhile
+                table.append([full_record()])
+            assert table.append([full_record()]).stored == 1
 
     def test_a_connection_in_autocommit_writes_a_batch_in_one_transaction(self, database, connection):
         connection.execute("ALTER TABLE astrocyte_audit_log ADD CHECK (transport <> 'fax')")
