@@ -303,7 +303,7 @@ def spool_status(spool_dir: SpoolDir = None, json: Json = False) -> None:
 
     What an ended process left is written by the next one with the same database and table, or by `spool replay`.
     """
-    root = spool_dir or settings.default_spool_dir()
+    root = _spool_root(spool_dir)
     found = list(status(root))
     if json:
         for row in found:
@@ -330,7 +330,7 @@ def spool_replay(
 
     Safe to repeat and to interrupt: a record that is in the table already is not written twice.
     """
-    root = spool_dir or settings.default_spool_dir()
+    root = _spool_root(spool_dir)
     with _dsn(dsn) as connection_string, Progress(console=Console(stderr=True), transient=True) as bar:
         exporter = AuditSpanExporter(dsn=connection_string, actions=(), schema=schema, table=table)
         task = bar.add_task("records", total=None)
@@ -377,6 +377,9 @@ def writer(
     """
     from astrocyte_otel_audit.pipeline.beside import write_beside
 
+    root = _spool_root(spool_dir)
+    names = destination or [settings.DEFAULT_DESTINATION]
+    destinations = [settings.SETTINGS["destination"].accept(name, "--destination") for name in names]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -385,9 +388,7 @@ def writer(
         exporter = AuditSpanExporter(
             dsn=connection_string, actions=(), mappings=(), schema=schema, table=table, migrate=migrate
         )
-        counts = write_beside(
-            spool_dir or settings.default_spool_dir(), exporter, destination or [settings.DEFAULT_DESTINATION], stopped
-        )
+        counts = write_beside(root, exporter, destinations, stopped)
     _say(f"{counts['stored']} records are in the table, {counts['set_aside']} were set aside")
 
 
@@ -402,6 +403,12 @@ def _dsn(dsn: str | None) -> Iterator[str]:
     directory = dsn.removeprefix(SCHEME)
     with embedded_postgres(Path(directory) if directory else None) as running:
         yield running
+
+
+def _spool_root(directory: Path | None) -> Path:
+    if directory is not None and str(directory) == "off":  # the variable that says so is the application's
+        raise ConfigurationError("--spool-dir", "the spool is 'off'; accepted is a directory")
+    return directory or settings.default_spool_dir()
 
 
 @contextmanager

@@ -120,9 +120,9 @@ def configure_audit(
     }
     # Before a provider is made and set, which can't be taken back.
     sizes = {name: settings.resolve(name, size) for name, size in sizes.items()}
-    provider = _provider(tracer_provider, create=create_provider)
     processor = AuditSpanProcessor(exporter, meter_provider=meter_provider, **sizes)
     try:
+        provider = _provider(tracer_provider, create=create_provider)
         if normalizer is not None:
             _normalize_all_by(normalizer)
         # In this order: a span that only the sampler has seen would be kept for a processor that missed its start,

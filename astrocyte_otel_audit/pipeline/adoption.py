@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, write_acknowledged
-from astrocyte_otel_audit.pipeline.captured import Captured, filled, to_record
+from astrocyte_otel_audit.pipeline.captured import Captured, contradicts, filled, to_record
 from astrocyte_otel_audit.pipeline.directory import (
     GAP,
     LOCK,
@@ -279,10 +279,15 @@ class SpoolReader:
 
 def _known_so_far(places: list[tuple[Captured, Segment, int]]) -> list[Found]:
     """Return the record of a row whose operation never ended, once for each place where something of it is."""
-    known = places[0][0]
-    for captured, _, _ in places[1:]:
-        known = filled(known, captured)
-    return [Found(to_record(known), segment, offset) for _, segment, offset in places]
+    known, *parts = (captured for captured, _, _ in places)
+    rows = [known] * len(places)
+    for position, part in enumerate(parts, 1):
+        if contradicts(known, part):  # then it is a row of its own, as it would have been
+            rows[position] = part._replace(id=part.replaces or part.id)
+        else:
+            known = filled(known, part)
+            rows = [known if row.id == known.id else row for row in rows]
+    return [Found(to_record(row), segment, offset) for row, (_, segment, offset) in zip(rows, places, strict=True)]
 
 
 def adopt(root: Path, destinations: Collection[str] | None) -> Iterator[SpoolReader]:

@@ -140,6 +140,8 @@ class Backlog:
         self.unread += 1
         if self._held:
             self.release(captured.id)
+            if captured.replaces is not None:
+                self.release(captured.replaces)
         return True
 
     @property

@@ -98,6 +98,17 @@ def filled(outer: Captured, inner: Captured) -> Captured:
     )
 
 
+def contradicts(outer: Captured, inner: Captured) -> bool:
+    """Say whether the outer row would hide that the inner one was another bank's, another actor's, or a failure."""
+    hides_failure = inner.outcome == "failure" and outer.outcome != "failure"
+    return hides_failure or not (same(outer.bank_id, inner.bank_id) and same(outer.actor_id, inner.actor_id))
+
+
+def same(bank: object, other: object) -> bool:
+    """Say whether two may be the same, where one that nobody named may be any."""
+    return bank is None or other is None or bank == other
+
+
 def exception_type(events: Any) -> object:
     """Return the class that the last exception event names, or None."""
     for event in reversed(events):

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from astrocyte_otel_audit.errors import AuditError
 from astrocyte_otel_audit.pipeline.segment import HEADER, frames, parse_header
 
 try:
@@ -35,7 +36,7 @@ ACKNOWLEDGED: Final = "acknowledged"
 _UNFINISHED_SECONDS = 60.0
 
 
-class SpoolError(Exception):
+class SpoolError(AuditError):
     """An operation could not be put into the spool. The message says why, to a person."""
 
 

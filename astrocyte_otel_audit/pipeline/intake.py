@@ -50,7 +50,7 @@ class Intake(ABC):
         self._changed = threading.Condition(self._lock)
         self._backlog = Backlog(self._spool, lock=self._lock, tailed=self._tailed)
         self._is_busy = False
-        self._put_off: deque[Captured] = deque()
+        self._put_off: deque[tuple[Callable[[Captured], object], Captured]] = deque()
         self._counts: Counter[str] = Counter()
         self._troubles = Troubles(_logger, self._clock)
 
@@ -66,7 +66,9 @@ class Intake(ABC):
     def hold(self, captured: Captured) -> None:
         """Put what is known so far of a row on the disk, so that it is one even if its operation never ends."""
         with self._lock:
-            if self._deadline is None and not self._is_busy:
+            if self._is_busy:
+                self._put_off.append((self.hold, captured))
+            elif self._deadline is None:
                 self._backlog.hold(captured)
 
     def release(self, row_id: str) -> None:
@@ -81,7 +83,7 @@ class Intake(ABC):
             if self._is_busy:
                 # On a thread that is in here already: a signal's handler, or garbage collection that ends an abandoned
                 # generator's operation. In the middle of a write, another would take its place.
-                self._put_off.append(captured)
+                self._put_off.append((self.submit, captured))
                 return True
             self._is_busy = True
             try:
@@ -124,10 +126,10 @@ class Intake(ABC):
     def _catch_up(self) -> None:
         while True:
             try:
-                captured = self._put_off.popleft()
+                method, captured = self._put_off.popleft()
             except IndexError:
                 return
-            self.submit(captured)
+            method(captured)
 
     @abstractmethod
     def start(self) -> None:

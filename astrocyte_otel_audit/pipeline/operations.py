@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 from opentelemetry.sdk.trace import ReadableSpan, Span
 
 from astrocyte_otel_audit import attributes
-from astrocyte_otel_audit.pipeline.captured import Captured, filled
+from astrocyte_otel_audit.pipeline.captured import Captured, contradicts, filled, same
 from astrocyte_otel_audit.pipeline.selection import is_suppressed
 from astrocyte_otel_audit.record import ScopeDefaults, record_id
 
@@ -105,7 +105,9 @@ class OpenOperations:
         else:
             captured = self._capture(span, started.id, started.scope, started.schema)
             if (inner := started.taken_in.setdefault("", None)) is not None:
-                if captured is None or _contradicts(captured, inner):
+                if captured is None:
+                    self._sink.submit(inner if started.begun else inner._replace(replaces=started.id))
+                elif contradicts(captured, inner):
                     self._sink.submit(inner)
                 else:
                     captured = filled(captured, inner)
@@ -141,7 +143,7 @@ class OpenOperations:
         if (span.attributes or {}).get(attributes.REQUIRED) is True:
             return False
         # One row can speak for one inner operation: a second one, and another bank's, would vanish.
-        if outer.taken_in or not _same(captured.bank_id, _bank_of_open(outer)):
+        if outer.taken_in or not same(captured.bank_id, _bank_of_open(outer)):
             return False
         if outer.taken_in.setdefault("", captured) is not captured:
             return False
@@ -154,24 +156,16 @@ class OpenOperations:
         forgotten = self._open.pop(started.key, None) if isinstance(started, _Open) else None
         if forgotten is None:
             return
-        known, inner = forgotten.begun, forgotten.taken_in.setdefault("", None)
-        if inner is not None:
-            known = inner._replace(id=forgotten.id) if known is None else filled(known, inner)
-        if known is not None:
-            self._orphans.append(known)
-
-
-def _contradicts(outer: Captured, inner: Captured) -> bool:
-    """Say whether the outer row would hide that the inner one was another bank's, another actor's, or a failure."""
-    hides_failure = inner.outcome == "failure" and outer.outcome != "failure"
-    return hides_failure or not (_same(outer.bank_id, inner.bank_id) and _same(outer.actor_id, inner.actor_id))
+        begun, inner = forgotten.begun, forgotten.taken_in.setdefault("", None)
+        if begun is not None and inner is not None and contradicts(begun, inner):
+            self._orphans += (begun, inner)
+        elif begun is not None:
+            self._orphans.append(begun if inner is None else filled(begun, inner))
+        elif inner is not None:
+            self._orphans.append(inner._replace(id=forgotten.id))
 
 
 def _bank_of_open(outer: _Open) -> object:
     span = outer()
     found = (span.attributes or {}).get(attributes.BANK_ID) if span is not None else None
     return found if found is not None else outer.scope.bank_id
-
-
-def _same(bank: object, other: object) -> bool:
-    return bank is None or other is None or bank == other

@@ -69,7 +69,7 @@ def status(root: Path) -> Iterator[ProcessStatus]:
                     elif segment.name == GAP:
                         missing += int(to_record(captured).metadata.get("missing", 0))
                     elif frame.kind == PROVISIONAL:
-                        begun.add(captured.id)
+                        begun = {*begun, captured.id} - {captured.replaces}
                     else:
                         records += 1
                         begun.discard(captured.id)
@@ -108,8 +108,9 @@ def replay(
                     if each.record.id not in waiting:
                         reader.settle(each.segment, each.offset)
                 set_aside = len(appended.set_aside)
+                rows = {each.record.id for each in found}  # of one, there may be more than one line
                 total = total._replace(
-                    written=total.written + len(found) - len(waiting) - set_aside,
+                    written=total.written + len(rows) - len(waiting) - set_aside,
                     set_aside=total.set_aside + set_aside,
                     waiting=total.waiting + len(waiting),
                 )

@@ -366,5 +366,7 @@ class Writer(Intake):
     def _is_decided(self, goal: int, flush: int) -> bool:
         if self._ended or self._oldest_unsettled() >= goal:
             return True
+        if self._again:
+            return False
         under_way = self._backlog.taken < goal or (self._in_flight and self._in_flight[0].number < goal)
         return not under_way and self._parking.all_failed_for(flush, goal)

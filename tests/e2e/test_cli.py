@@ -465,3 +465,20 @@ def test_a_writer_that_can_not_begin_says_why_in_one_line(writer, tmp_path, opti
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out, err.count("\n")) == (2, "", 1)
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--spool-dir", __file__], 3, "its directory can't be made"),
+        (["--spool-dir", "off"], 2, "accepted is a directory"),
+        (["--destination", "a b"], 2, "--destination"),
+    ],
+)
+def test_a_writer_that_cant_work_says_so_in_one_line(options, code, said):
+    done = subprocess.run(
+        [sys.executable, "-m", "astrocyte_otel_audit", "writer", "--dsn", "host=127.0.0.1 port=1", *options],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+    assert said in done.stderr

@@ -358,12 +358,20 @@ def test_of_an_operation_that_never_ended_all_that_is_known_is_one_row(leave, ad
 
 
 def test_what_is_known_first_of_a_row_stands_and_what_follows_fills_it(leave, adopted):
-    said = [BEGUN._replace(bank_id="first"), PART._replace(bank_id="second"), PART._replace(actor_id="carol")]
+    said = [BEGUN._replace(transport="first"), PART._replace(transport="second"), PART._replace(payload={})]
     leave(list(map(provisional, said)))
     (reader,) = adopted()
     records = [each.record for each in read(reader)]
     assert records == [to_record(filled(filled(said[0], said[1]), said[2]))] * 3
-    assert (records[0].bank_id, records[0].actor_id) == ("first", "alice")
+    assert (records[0].transport, records[0].actor_id) == ("first", "alice")
+
+
+@pytest.mark.parametrize("other", [{"bank_id": "other"}, {"actor_id": "other"}, {"outcome": "failure"}])
+def test_a_part_that_its_row_would_hide_is_one_of_its_own(leave, adopted, other):
+    begun, part = BEGUN._replace(bank_id=PART.bank_id, actor_id=PART.actor_id), PART._replace(**other)
+    leave([provisional(begun), provisional(part)])
+    (reader,) = adopted()
+    assert [each.record for each in read(reader)] == [to_record(begun), to_record(part._replace(id=INNER.id))]
 
 
 @pytest.mark.parametrize("segment_bytes", [1, 10**6])

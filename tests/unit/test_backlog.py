@@ -680,7 +680,7 @@ def test_an_operation_that_has_begun_and_its_part_are_one_row_when_neither_was_w
     dead = make()
     begun = full_captured(0, outcome="unknown", ended_at=None, response=None, actor_id=None)
     dead.begin(begun)
-    dead.hold(part_of(begun))
+    dead.hold(part_of(begun)._replace(bank_id=begun.bank_id))
     die(dead)
     backlog = make()
     backlog.adopt()

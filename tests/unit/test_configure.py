@@ -373,15 +373,18 @@ def test_no_global_provider_is_made_where_that_is_not_wanted_or_an_argument_is_w
             {"destination": "a b"},
             {"spool_keep_seconds": -1},
             {"writer": "external"},
+            {"writer": "external", "storage": None, "spool_dir": False},
+            {"writer": "external", "storage": None, "spool_keep_seconds": 1},
         ]:
             try:
-                configure_audit(storage=MemoryStorage(), **arguments)
+                configure_audit(**{"storage": MemoryStorage(), **arguments})
             except ConfigurationError as refused:
                 print(refused.source)
             assert type(trace.get_tracer_provider()) is ProxyTracerProvider
         """
     ) == [
         "tracer_provider", "max_queue_size", "normalizer", "actions", "destination", "spool_keep_seconds", "writer",
+        "spool_dir", "spool_keep_seconds",
     ]  # fmt: skip
 
 

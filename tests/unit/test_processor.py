@@ -681,3 +681,29 @@ def test_a_batch_is_never_larger_than_the_queue(audit, provider, storage):
     assert arrived.wait(20)
     assert processor.force_flush(10_000)
     assert storage.batches == [2]
+
+
+def test_a_flush_waits_until_what_is_kept_is_written_again(audit, provider, storage):
+    processor = audit(storage=storage, spool_keep_seconds=3600)
+    emit(provider)
+    assert processor.force_flush(10_000)
+    storage.before_append = unavailable
+    emit(provider)
+    assert not processor.force_flush(50)
+    again = threading.Event()
+
+    def slow(records):
+        if again.is_set():
+            time.sleep(0.3)
+        again.set()
+
+    storage.before_append = slow
+    assert processor.force_flush(10_000)
+
+
+def test_after_its_end_a_process_that_wrote_nothing_does_not_say_that_all_is_in_the_table(audit, provider):
+    processor = audit(writer="external")
+    emit(provider)
+    assert not processor.force_flush(20)
+    processor.shutdown()
+    assert not processor.force_flush(20)

@@ -303,11 +303,15 @@ def test_an_operation_that_ends_while_another_is_being_written_comes_after_it(ma
     assert list(root.iterdir()) == []
 
 
-def test_nothing_begins_and_nothing_is_held_while_an_operation_is_being_written(make, storage, root, interrupted):
+def test_nothing_begins_while_an_operation_is_being_written_and_what_is_to_be_held_is_afterwards(
+    make, storage, root, interrupted
+):
     writer = make(root=root)
     answers = interrupted(lambda: (writer.begin(numbered(8)), writer.hold(numbered(9)), writer.release("unknown")))
     assert submit(writer, 1) == [True]
     assert answers == [(False, None, None)]
+    assert [writer._backlog.has_begun(numbered(number).id) for number in (8, 9)] == [False, True]
+    writer.release(numbered(9).id)
     assert writer.stop(PATIENCE) == 0
     assert stored(storage) == [0]
     assert list(root.iterdir()) == []
