@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, write_acknowledged
+from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, read_acknowledged, write_acknowledged
 from astrocyte_otel_audit.pipeline.captured import Captured, contradicts, filled, to_record
 from astrocyte_otel_audit.pipeline.directory import (
     GAP,
@@ -65,7 +65,10 @@ class SpoolReader:
         self._provisional: dict[str, list[tuple[Captured, Segment, int]]] = {}
         #: Those that were read and are not settled, oldest first: the number of their segment, and their offset.
         self._unsettled: dict[tuple[int, int], None] = {}
-        self._acknowledged = Acknowledged(0, 0, 0, 0)
+        #: What its process was told by whoever wrote for it before, and what there is to tell it.
+        self._told = self._acknowledged = read_acknowledged(path) or Acknowledged(0, 0, 0, 0)
+        #: Where it was read to its end, and what size it had: half a line may follow, and stay for good.
+        self._stalled_at = (-1, -1)
         #: Lines that are damaged.
         self.damaged = 0
         #: It could not be read, and is left alone for a while.
@@ -111,7 +114,8 @@ class SpoolReader:
         with contextlib.suppress(OSError):
             if self._reading is not None:
                 segment, offset = self._reading
-                return os.fstat(segment.descriptor).st_size > offset or bool(self._unread())
+                size = os.fstat(segment.descriptor).st_size
+                return (size > offset and self._stalled_at != (offset, size)) or bool(self._unread())
             return bool(self._unread())
         return False
 
@@ -168,9 +172,9 @@ class SpoolReader:
             at = self._reading[0].number, self._reading[1]
         if at is not None:
             done = self._acknowledged._replace(segment=at[0], offset=at[1])
-            if done != self._acknowledged:
-                self._acknowledged = done
+            if done != self._told:
                 write_acknowledged(self.path, done)
+                self._told = self._acknowledged = done
 
     def close(self) -> None:
         """Let another process have what is not settled."""
@@ -218,7 +222,12 @@ class SpoolReader:
             self._reading = segment, offset + len(data)
             return True
         if not is_final:
+            self._stalled_at = offset, os.fstat(segment.descriptor).st_size
             return False
+        if not segment.is_in_place():
+            with contextlib.suppress(FileNotFoundError):  # nobody has put it back
+                segment.reopen()
+                return True
         segment.size = os.fstat(segment.descriptor).st_size
         if offset < segment.size:  # a torn tail
             self._set_aside(segment, os.pread(segment.descriptor, PIECE_BYTES, offset))
@@ -270,11 +279,12 @@ class SpoolReader:
         self.damaged += 1
         self._acknowledged = self._acknowledged._replace(refused=self._acknowledged.refused + 1)
         name = self.path.parent / f"damaged-{self.path.name}-{segment.path.stem}"
-        descriptor = os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, line if line.endswith(b"\n") else line + b"\n")
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError), open(name, "ab", opener=_private) as file:  # else it is counted only
+            file.write(line if line.endswith(b"\n") else line + b"\n")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _known_so_far(places: list[tuple[Captured, Segment, int]]) -> list[Found]:

@@ -19,6 +19,7 @@ from astrocyte_otel_audit.pipeline.segment import (
     PIECE_BYTES,
     PROVISIONAL,
     RECORD,
+    FileSegment,
     MemorySegment,
     Segment,
     captured_frame,
@@ -107,8 +108,8 @@ class Backlog:
 
     def hold(self, captured: Captured) -> None:
         """Put what is known so far of a row where another process finds it, if its operation never ends."""
-        self._hold(captured, synced=False)  # where there is no room, it is in memory only
-        if captured.replaces is not None:
+        # Where there is no room, it is in memory only.
+        if self._hold(captured, synced=False) and captured.replaces is not None:
             self.release(captured.replaces)
 
     def release(self, row_id: str) -> None:
@@ -290,7 +291,14 @@ class Backlog:
             SpoolError: it can't be read.
         """
         with self._lock:
+            self.spool.is_being_read = True
             segments, end = self.spool.settled, self._unread_at
+        try:
+            yield from self._read_again(segments, end)
+        finally:
+            self.spool.is_being_read = False
+
+    def _read_again(self, segments: list[FileSegment], end: tuple[Segment, int] | None) -> Iterator[list[Entry]]:
         for segment in segments:
             offset = 0
             while True:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, read_acknowledged
+from astrocyte_otel_audit.pipeline.captured import Captured
 from astrocyte_otel_audit.pipeline.intake import Intake
 from astrocyte_otel_audit.pipeline.spool import Spool
 
@@ -49,7 +50,8 @@ class Handover(Intake):
         #: Whether all was written when it was stopped.
         self._was_all = False
         self._acknowledged = Acknowledged(0, 0, 0, 0)
-        self._acknowledged_at = self._clock()
+        #: Since when something waits, or since when something of it was last written.
+        self._waiting_since: float | None = None
 
     def start(self) -> None:
         """Do nothing: there is nothing beside the callers."""
@@ -106,6 +108,11 @@ class Handover(Intake):
                 "spool_bytes": self._spool.bytes,
             }
 
+    def _take_in(self, captured: Captured, line: bytes) -> str | None:
+        if not self._backlog.has_room() and (now := self._clock()) >= self._tend_at:
+            self._tend(now)  # others may have made room
+        return super()._take_in(captured, line)
+
     def _accepted(self, unread: int) -> None:  # noqa: ARG002 - by another process
         now = self._clock()
         if now >= self._tend_at:
@@ -121,7 +128,11 @@ class Handover(Intake):
         self._tend_at = now + _TEND_SECONDS
         for trouble in self._backlog.tend(adopting=False):
             self._troubles.report("spool", trouble)
-        if self._look() < self._spool.end() and now - self._acknowledged_at > _MISSED_SECONDS:
+        if self._look() >= self._spool.end():
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = now
+        elif now - self._waiting_since > _MISSED_SECONDS:
             self._troubles.report(
                 "writer",
                 "audit records wait in the spool, and no process has written any for a minute: run "
@@ -133,6 +144,6 @@ class Handover(Intake):
         path = self._spool.path
         said = None if path is None else read_acknowledged(path)
         if said is not None and said != self._acknowledged:
-            self._acknowledged, self._acknowledged_at = said, self._clock()
+            self._acknowledged, self._waiting_since = said, None
             self._troubles.clear("writer", "audit records are being written again")
         return self._acknowledged[:2]

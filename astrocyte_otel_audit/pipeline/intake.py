@@ -85,6 +85,8 @@ class Intake(ABC):
                 # generator's operation. In the middle of a write, another would take its place.
                 self._put_off.append((self.submit, captured))
                 return True
+            if self._block_seconds and not self._backlog.has_room():
+                self._wait_for_room(self._block_seconds)
             self._is_busy = True
             try:
                 refusal = self._take_in(captured, line)
@@ -113,8 +115,6 @@ class Intake(ABC):
     def _take_in(self, captured: Captured, line: bytes) -> str | None:
         """Put an operation into the backlog, or count it and say why it is refused."""
         backlog = self._backlog
-        if self._block_seconds and not backlog.has_room():
-            self._wait_for_room(self._block_seconds)
         if self._deadline is not None and not backlog.has_begun(captured.id):
             self._counts["refused_shutdown"] += 1
             return "new audit records are refused: the pipeline is shut down"

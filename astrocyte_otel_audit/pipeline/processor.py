@@ -103,7 +103,7 @@ class AuditSpanProcessor(SpanProcessor):
             _root(settings.resolve("spool_dir", spool_dir), is_required=is_external),
             exporter.destination,
             max_bytes=settings.resolve("spool_max_bytes", spool_max_bytes),
-            max_in_memory=capacity,
+            max_in_memory=0 if is_external else capacity,
             # Where another process writes, that one syncs the files, about once a second.
             fsync="never" if is_external and fsync == "interval" else fsync,
             cleared_by_others=is_external,

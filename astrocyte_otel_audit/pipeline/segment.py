@@ -12,6 +12,7 @@ JSON holds no raw line feed, so a damaged or half-written line spoils no other: 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from abc import ABC, abstractmethod
@@ -207,12 +208,14 @@ class FileSegment(Segment):
         descriptor: of the file, readable; where it is written to, appending.
     """
 
-    __slots__ = ("descriptor", "number", "path")
+    __slots__ = ("descriptor", "number", "path", "synced")
 
     def __init__(self, path: Path, descriptor: int) -> None:
         super().__init__()
         self.path = path
         self.descriptor = descriptor
+        #: Bytes of it that are known to be on the disk.
+        self.synced = 0
         #: Its place among those of its process; 0 for a gap.
         self.number = int(path.stem) if path.stem.isdecimal() else 0
 
@@ -268,8 +271,9 @@ class FileSegment(Segment):
 
     def remove(self) -> None:
         """Delete the file, if it is still there, and close it."""
-        if self.is_in_place():
-            self.path.unlink()
+        with contextlib.suppress(OSError):  # what stays is written once more, which does no harm
+            if self.is_in_place():
+                self.path.unlink()
         os.close(self.descriptor)
 
 

@@ -7,6 +7,7 @@ is up to the file system and to `sync`. Where there is no disk, or while it fail
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import deque
@@ -89,6 +90,8 @@ class Spool:
         self._growing: FileSegment | None = None
         #: Files of which all is settled, with the time when they go.
         self._kept: deque[tuple[float, FileSegment]] = deque()
+        #: Set while somebody reads the files that are kept.
+        self.is_being_read = False
         #: Bytes in its files, and operations in memory.
         self.bytes = self.in_memory = 0
         #: What keeps it from being written, for as long as it does.
@@ -191,6 +194,8 @@ class Spool:
 
     def expire(self, wanted: int = 0) -> None:
         """Remove files that were kept for long enough, and as many more as make room for some bytes."""
+        if self.is_being_read:
+            return
         now = self._clock()
         while self._kept and (self._kept[0][0] <= now or self.bytes + wanted > self._max_bytes):
             segment = self._kept.popleft()[1]
@@ -220,8 +225,10 @@ class Spool:
             return
         self._unsynced, self._synced_at = False, self._clock()  # first: what is written meanwhile is for the next time
         with in_words("it can't be synced"):
-            for segment in self._files()[-2:]:  # the one before may have been sealed since
-                os.fdatasync(segment.descriptor)
+            for segment in self._files():
+                if segment.synced < (size := segment.size):
+                    os.fdatasync(segment.descriptor)
+                    segment.synced = size
 
     def missing(self) -> list[FileSegment]:
         """Return the segments whose files were deleted or moved. Needs no lock, but where others clear them away.
@@ -252,11 +259,15 @@ class Spool:
             directory = self._own_directory(self.root)
             for segment in missing:
                 segment.path = directory.path / segment.path.name
+                segment.path.unlink(missing_ok=True)  # from an attempt that failed
                 again = create(segment.path)
                 try:
                     for offset in range(0, segment.size, PIECE_BYTES):
-                        os.write(again, os.pread(segment.descriptor, min(PIECE_BYTES, segment.size - offset), offset))
+                        piece = os.pread(segment.descriptor, min(PIECE_BYTES, segment.size - offset), offset)
+                        if os.write(again, piece) < len(piece):
+                            raise OSError(errno.ENOSPC, "")
                     os.dup2(again, segment.descriptor, inheritable=False)
+                    segment.synced = 0
                 finally:
                     os.close(again)
 
