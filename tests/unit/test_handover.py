@@ -392,7 +392,7 @@ def test_what_was_refused_is_a_record_once_there_is_room(make, now, root, beside
     assert handover.stats()["refused_full"] == 3
     handover.stop(1.0)
     beside.write()
-    assert len(beside.records) == 3
+    assert len(beside.records) == 4
     assert list(root.iterdir()) == []
 
 

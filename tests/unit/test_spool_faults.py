@@ -125,9 +125,9 @@ def test_what_is_put_back_is_whole_or_it_is_not_put_back(make):
     places = [spool.append(row(number)) for number in range(4)]
     places[0][0].path.unlink()
     real = os.write
-    with mock.patch("os.write", lambda descriptor, data: real(descriptor, data[:700])):
-        with contextlib.suppress(SpoolError):
-            spool.put_back(spool.missing())
+    cut = mock.patch("os.write", lambda descriptor, data: real(descriptor, data[:700]))
+    with cut, contextlib.suppress(SpoolError):
+        spool.put_back(spool.missing())
     assert [segment.record_at(offset) for segment, offset in places] == full_records(4)
 
 
