@@ -57,20 +57,25 @@ class Connections(Protocol):
         """Forget, without touching it, what belongs to the parent process."""
 
 
-class _ImpatientConnection(psycopg.Connection[Any]):
-    """A connection that is given up when an answer takes too long.
+class _Patience:
+    """Waits for a connection's answers in its place, and gives it up when one takes too long.
 
     A server's own timeouts end nothing where the server is frozen, or what is before it swallows its answers; and
-    where everything is acknowledged, libpq's don't either.
+    where everything is acknowledged, libpq's don't either. Set on the connection itself: where psycopg is
+    instrumented, a class of our own would not be the one that connects.
     """
 
-    answer_seconds: float | None = None
-    _is_stuck = False
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self.answer_seconds: float | None = None
+        self._connection = connection
+        self._is_stuck = False
+        connection.wait = self.wait  # type: ignore[method-assign]
 
     def wait(self, gen: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Wait for one answer; closes the connection and raises DatabaseUnavailableError where it takes too long."""
+        """Wait for one answer; raises DatabaseUnavailableError where it takes too long."""
+        connection = self._connection
         if self.answer_seconds is None:
-            return super().wait(gen, *arguments, **keywords)
+            return type(connection).wait(connection, gen, *arguments, **keywords)
         deadline = time.monotonic() + self.answer_seconds
         try:
             wanted = next(gen)
@@ -79,7 +84,7 @@ class _ImpatientConnection(psycopg.Connection[Any]):
                     wanted = gen.send(ready)
                 else:  # whoever reads from it now finds that it has ended, and cleans up
                     self._is_stuck, deadline = True, time.monotonic() + self.answer_seconds
-                    with socket.socket(fileno=os.dup(self.pgconn.socket)) as twin:
+                    with socket.socket(fileno=os.dup(self._connection.pgconn.socket)) as twin:
                         twin.shutdown(socket.SHUT_RDWR)
         except StopIteration as end:
             return end.value
@@ -94,7 +99,7 @@ class _ImpatientConnection(psycopg.Connection[Any]):
         """Return for what the socket is ready by the deadline; 0 for nothing."""
         with selectors.DefaultSelector() as selector:
             try:
-                selector.register(self.pgconn.socket, wanted)
+                selector.register(self._connection.pgconn.socket, wanted)
             except (OSError, ValueError, psycopg.OperationalError):
                 return wanted  # it was lost and closed; whoever waits for it will see so
             while (left := deadline - time.monotonic()) > 0:
@@ -139,20 +144,23 @@ class OwnConnection:
                     )
         self.database = _fingerprint(given)
         self._lock = threading.Lock()
-        self._connection: _ImpatientConnection | None = None
+        self._connection: psycopg.Connection[Any] | None = None
+        self._patience: _Patience | None = None
 
     @contextmanager
     def connection(self, answer_seconds: float | None = None) -> Iterator[psycopg.Connection[Any]]:
         """Lend the connection, opening it if there is none that works."""
         with self._lock:
             if self._connection is None or self._connection.closed:
-                self._connection = _ImpatientConnection.connect(
+                self._connection = psycopg.connect(
                     self._conninfo,
                     # pgbouncer in transaction mode gives every transaction another server, which knows no statement.
                     prepare_threshold=None,
                 )
+                self._patience = _Patience(self._connection)
             connection = self._connection
-            connection.answer_seconds = answer_seconds
+            if self._patience is not None:
+                self._patience.answer_seconds = answer_seconds
             try:
                 yield connection
             except psycopg.errors.ReadOnlySqlTransaction:
@@ -171,12 +179,15 @@ class OwnConnection:
     def after_fork(self) -> None:
         """Drop the parent's connection without a word to its server; psycopg closes it in its own process only."""
         self._lock = threading.Lock()
-        self._connection = None
+        connection, self._connection, self._patience = self._connection, None, None
+        if connection is not None:
+            connection.__dict__.pop("wait", None)
 
     def _discard(self) -> None:
-        connection, self._connection = self._connection, None
+        connection, self._connection, self._patience = self._connection, None, None
         if connection is not None:
             connection.close()
+            connection.__dict__.pop("wait", None)  # which refers to it in turn
 
 
 class PooledConnections:
