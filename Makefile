@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test soak check format bench clean
 
 help: ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,6 +14,10 @@ demo: $(VENV)/.demo ## Run a real Astrocyte brain on an embedded Postgres, and s
 
 test: $(VENV)/.dev ## Run all tests, on an embedded Postgres or the server of OTEL_ASTROCYTE_AUDIT_TEST_DSN
 	$(BIN)/python -m pytest
+
+SECONDS ?= 600
+soak: $(VENV)/.dev ## Let everything fail at random for SECONDS=600, as SEED=… says, and look for lost and doubled rows
+	$(BIN)/python -m tests.faults.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/.dev ## Lint, check the format, the types and the import contracts
 	$(BIN)/ruff check .
