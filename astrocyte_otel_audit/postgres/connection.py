@@ -44,7 +44,7 @@ class Connections(Protocol):
     database: str
 
     def connection(self, answer_seconds: float | None = None) -> Any:
-        """Return a context manager that lends a connection to the calling thread.
+        """Return a context manager that lends a connection to the calling thread, with autocommit.
 
         Args:
             answer_seconds: how long one answer is waited for, where that can be said; without end by default.
@@ -154,6 +154,7 @@ class OwnConnection:
             if self._connection is None or self._connection.closed:
                 self._connection = psycopg.connect(
                     self._conninfo,
+                    autocommit=True,
                     # pgbouncer in transaction mode gives every transaction another server, which knows no statement.
                     prepare_threshold=None,
                 )
@@ -228,11 +229,16 @@ class PooledConnections:
                 "call configure_audit() in each process, or give it a dsn in place of the pool"
             )
         with self._pool.connection() as connection:
+            lent_with = connection.autocommit
+            connection.autocommit = True
             try:
                 yield connection
             except psycopg.errors.ReadOnlySqlTransaction:
                 connection.close()  # as with one of our own; the pool makes another
                 raise
+            finally:
+                if connection.info.transaction_status is TransactionStatus.IDLE:  # else the pool makes another
+                    connection.autocommit = lent_with
 
     def close(self) -> None:
         """Do nothing: the pool is the application's."""

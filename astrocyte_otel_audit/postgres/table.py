@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
@@ -223,13 +224,21 @@ class AuditTable(AuditReader):
     @contextmanager
     def _writing(self) -> Iterator[psycopg.Cursor[Any]]:
         with self._connection(self._answer_seconds) as connection:
-            # In a pipeline no statement waits for the one before it. On a busy interpreter each wait can cost the
-            # thread a switch interval of the GIL, 5 ms.
-            pipeline = connection.pipeline() if psycopg.Pipeline.is_supported() else nullcontext()
-            with pipeline, connection.transaction():
-                cursor = plain_cursor(connection)
-                cursor.execute(self._settings, prepare=False)
-                yield cursor
+            try:
+                # In a pipeline there is one answer to wait for. On a busy interpreter each wait can cost the thread a
+                # switch interval of the GIL, 5 ms, and psycopg's own transaction() would wait for BEGIN and for COMMIT.
+                with connection.pipeline() if psycopg.Pipeline.is_supported() else nullcontext():
+                    cursor = plain_cursor(connection)
+                    cursor.execute("BEGIN", prepare=False)
+                    cursor.execute(self._settings, prepare=False)
+                    yield cursor
+                    # Said, although the pipeline's end would do: libpq takes an error that comes then for a broken
+                    # connection, such as that of a deferred trigger.
+                    cursor.execute("COMMIT", prepare=False)
+            except psycopg.Error:
+                if connection.info.transaction_status is TransactionStatus.INERROR:
+                    connection.rollback()
+                raise
 
 
 def _fault(error: Exception) -> Fault:

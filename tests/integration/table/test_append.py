@@ -329,6 +329,13 @@ class TestMigratingOnDemand:
             assert table.append([full_record(schema="tenant_b")]).stored == 1
             assert ids(stored(table, "tenant_b").values()) == {full_record().id}
 
+    def test_a_lent_connection_is_given_back_as_it_was(self, database):
+        with ConnectionPool(database, min_size=1, max_size=1, open=True) as pool:
+            AuditTable(PooledConnections(pool)).append(full_records(3))
+
+            with pool.connection() as lent:
+                assert lent.autocommit is False
+
 
 class TestBadRows:
     def test_a_record_against_a_constraint_is_set_aside_and_its_batch_is_stored(self, table, connection):
@@ -352,6 +359,22 @@ class TestBadRows:
 
         assert result.stored == 2
         assert [(record.action, fault.sqlstate) for record, fault in result.set_aside] == [("forget", "P0001")]
+
+    def test_a_record_that_is_refused_when_it_is_committed_is_set_aside(self, table, connection):
+        connection.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '22000'; END$$"
+        )
+        connection.execute(
+            "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON astrocyte_audit_log DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW WHEN (NEW.action = 'refused') EXECUTE FUNCTION refuse()"
+        )
+        batch = full_records(5)
+        batch[2] = batch[2]._replace(action="refused")
+
+        appended = table.append(batch)
+
+        assert (appended.stored, [record.id for record, _ in appended.set_aside]) == (4, [batch[2].id])
 
     def test_a_record_too_long_for_an_index_is_set_aside(self, table, connection):
         connection.execute("CREATE INDEX ON astrocyte_audit_log ((request ->> 'text'))")

@@ -239,6 +239,7 @@ class TestOwnConnection:
     def test_an_interrupt_in_the_middle_leaves_nothing_for_the_next_user(self, server_dsn):
         own = OwnConnection(server_dsn)
         with pytest.raises(KeyboardInterrupt), own.connection() as first:
+            first.execute("BEGIN")
             first.execute("CREATE TABLE half_done (n integer)")
             raise KeyboardInterrupt
 
