@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
-from astrocyte_otel_audit.doctor import database, process, spool, wiring
+from astrocyte_otel_audit.doctor import beside, database, process, spool, wiring
 from astrocyte_otel_audit.doctor.examination import Examination
 from astrocyte_otel_audit.doctor.finding import Finding, failed, in_two, skipped
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
@@ -54,22 +54,25 @@ CHECKS: Final = (
     Check("spool-disk", spool.check_disk, ("spool",)),
     Check("spool-filesystem", spool.check_file_system, ("spool",)),
     Check("spool-left", spool.check_what_is_left, ("spool",)),
+    Check("writer", beside.check_writer, ("spool",)),
 )
 
 
 def examine(examination: Examination) -> Iterator[Finding]:
     """Yield what the checks find, each as soon as it is known. Never raises for what it finds."""
-    #: What wasn't found well, and what is at the bottom of it.
+    #: What wasn't found well, and what to do about what is at the bottom of it.
     ill: dict[str, str] = {}
     with _quiet(), contextlib.closing(examination):
         for check in CHECKS:
-            if root := next((ill[need] for need in check.needs if need in ill), None):
-                ill[check.name] = root
-                yield skipped(check.name, "not looked at", f"mend `{root}` first")
+            if advice := next((ill[need] for need in check.needs if need in ill), None):
+                ill[check.name] = advice
+                yield skipped(check.name, "not looked at", advice)
                 continue
             for finding in _survived(check, examination):
                 if finding.status == "failed":
-                    ill[finding.check] = finding.check
+                    ill[finding.check] = f"mend `{finding.check}` first"
+                elif finding.status == "skipped" and finding.advice is not None:
+                    ill[finding.check] = finding.advice
                 yield finding
 
 

@@ -22,6 +22,7 @@ from astrocyte_otel_audit.postgres.inspection import (
     hosts,
 )
 
+_VERIFY = "add sslmode=verify-full, and sslrootcert=… if it needs one, to the DSN"
 _MIGRATE = "run `astrocyte-otel-audit migrate`"
 _ROLES = "`astrocyte-otel-audit migrate --roles`, and GRANT astrocyte_audit_writer to the role your service logs in as"
 #: Seconds between the clocks that are worth a word, and that make a log useless beside its traces.
@@ -32,6 +33,11 @@ _NO_RIGHT, _LOCKED, _PROTOCOL = "42501", "55P03", "08P01"
 def check_dsn(examination: Examination) -> Iterator[Finding]:
     """There is a connection string, and it can be parsed."""
     dsn = examination.value("dsn")
+    if dsn is None and examination.is_external:
+        yield skipped(
+            "dsn", "none is needed: another process writes", "give that one's --dsn, to look at the database too"
+        )
+        return
     if dsn is None:
         yield failed(
             "dsn", "no database is named", f"set {settings.PREFIX}DSN=postgresql://writer@host/database, or give --dsn"
@@ -99,8 +105,15 @@ def check_connection(examination: Examination) -> Iterator[Finding]:
         yield failed("connection", what, advice)
         return
     yield ok("connection", f"to {server.database} as {server.role}, in {server.connect_seconds * 1000:.0f} ms")
-    if server.encrypted:
+    if server.encrypted and (server.local or server.verified):
         yield ok("tls", "TLS is in use")
+    elif server.encrypted:
+        yield warning(
+            "tls",
+            "TLS is in use, and the server's certificate is not verified: who gets in between can read the log and "
+            "change what is written",
+            _VERIFY,
+        )
     elif server.local:
         whom = "pooler" if server.pooled else "server"
         yield ok("tls", f"TLS is not in use, nor needed: the {whom} is on this machine")
@@ -108,7 +121,7 @@ def check_connection(examination: Examination) -> Iterator[Finding]:
         yield warning(
             "tls",
             "TLS is not in use, and the server is on another machine: who listens can read the log",
-            "add sslmode=verify-full, and sslrootcert=… if it needs one, to the DSN",
+            _VERIFY,
         )
     name = f"PostgreSQL {server.version}"
     if server.version_number < OLDEST_SERVER:

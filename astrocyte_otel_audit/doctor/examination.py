@@ -63,6 +63,11 @@ class Examination:
             self.inspector.close()
 
     @property
+    def is_external(self) -> bool:
+        """Whether the application leaves writing to another process."""
+        return bool(self.value("writer") == "external")
+
+    @property
     def spool(self) -> Path | None:
         """The spool's directory; None where there shall be none."""
         directory = self.value("spool_dir")

@@ -7,10 +7,14 @@ writing to another, segments are read while they grow, and a file in its directo
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
+import time
+from collections import deque
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, read_acknowledged, write_acknowledged
 from astrocyte_otel_audit.pipeline.captured import Captured, contradicts, filled, to_record
@@ -20,8 +24,10 @@ from astrocyte_otel_audit.pipeline.directory import (
     SUFFIX,
     destination_of,
     directories,
+    is_left_to_others,
     remove,
     try_lock,
+    worded,
 )
 from astrocyte_otel_audit.pipeline.segment import (
     HEADER,
@@ -34,7 +40,12 @@ from astrocyte_otel_audit.pipeline.segment import (
     parse_captured,
     parse_header,
 )
+from astrocyte_otel_audit.pipeline.troubles import Troubles
 from astrocyte_otel_audit.record import AuditRecord
+
+_logger = logging.getLogger(__name__)
+_RECENT: Final = 1_000
+_A_RECORD: Final = re.compile(rb"R [0-9a-f]{8} [0-9a-f]{8} \[")
 
 
 class Found(NamedTuple):
@@ -44,6 +55,26 @@ class Found(NamedTuple):
     segment: Segment
     #: Where it is in there.
     offset: int
+
+
+class _OthersSegment(FileSegment):
+    """A file of another process, which remembers the rows that more than one place in it speaks for."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        super().__init__(path, descriptor)
+        #: By the offset of the place.
+        self.rows: dict[int, AuditRecord] = {}
+
+    def record_at(self, offset: int) -> AuditRecord | None:
+        """Return the record that was found at an offset, or None where it is damaged."""
+        return self.rows.get(offset) or super().record_at(offset)
+
+    def settle(self, offset: int) -> None:
+        """Take the operation at an offset for settled."""
+        self.rows.pop(offset, None)
+        super().settle(offset)
 
 
 class SpoolReader:
@@ -60,16 +91,19 @@ class SpoolReader:
         #: Names of the segments that were opened, and those that hold something unsettled.
         self._seen: set[str] = set()
         self._open: list[Segment] = []
-        self._reading: tuple[FileSegment, int] | None = None
+        self._reading: tuple[_OthersSegment, int] | None = None
         #: What is known so far of rows, by their id, until their record is found.
-        self._provisional: dict[str, list[tuple[Captured, Segment, int]]] = {}
+        self._provisional: dict[str, list[tuple[Captured, _OthersSegment, int]]] = {}
+        #: Rows whose record was found last: another thread's part of one may have come a little too late.
+        self._recent: deque[str] = deque(maxlen=_RECENT)
         #: Those that were read and are not settled, oldest first: the number of their segment, and their offset.
         self._unsettled: dict[tuple[int, int], None] = {}
         #: What its process was told by whoever wrote for it before, and what there is to tell it.
         self._told = self._acknowledged = read_acknowledged(path) or Acknowledged(0, 0, 0, 0)
         #: Where it was read to its end, and what size it had: half a line may follow, and stay for good.
         self._stalled_at = (-1, -1)
-        #: Lines that are damaged.
+        self._troubles = Troubles(_logger, time.monotonic)
+        #: Lines that are damaged, but for headers, which are no records.
         self.damaged = 0
         #: It could not be read, and is left alone for a while.
         self.rests = False
@@ -84,9 +118,17 @@ class SpoolReader:
     def look_after(self) -> None:
         """Lock the directory, if its process has ended meanwhile, and find the file that is read, if it was made anew.
 
-        Raises:
-            OSError: there is no looking.
+        Never raises, since others have to be looked after too: what keeps it from that is said in the log.
         """
+        try:
+            self._look_after()
+        except OSError as error:
+            trouble = worded(f"what process {self.path.name} has in it can't be looked after", error)
+            self._troubles.report("spool", f"the spool has trouble: {trouble}")
+        else:
+            self._troubles.clear("spool", f"what process {self.path.name} has in the spool is looked after again")
+
+    def _look_after(self) -> None:
         if self._lock is not None or self.exhausted:
             return
         self._lock = try_lock(self.path / LOCK)
@@ -137,6 +179,9 @@ class SpoolReader:
                 return found  # it will come again
             raise
         if self._lock is None:
+            if not self._unsettled:  # else its process is told when that is settled
+                with contextlib.suppress(OSError):  # it will be told the next time
+                    self.acknowledge()
             return found
         while len(found) < limit and self._provisional:
             found += _known_so_far(self._provisional.pop(next(iter(self._provisional))))
@@ -198,7 +243,7 @@ class SpoolReader:
         for path in self._unread():
             self._seen.add(path.name)
             with contextlib.suppress(FileNotFoundError):  # a person may have taken it away since it was listed
-                segment = FileSegment(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                segment = _OthersSegment(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 self._open.append(segment)
                 self._reading = segment, 0
                 return True
@@ -217,7 +262,7 @@ class SpoolReader:
                 self._reading = segment, frame.offset
                 return True
             if not self._take(segment, frame, found):
-                self._set_aside(segment, frame.content)
+                self._set_aside(segment, frame.offset, frame.content)
         if data:
             self._reading = segment, offset + len(data)
             return True
@@ -230,13 +275,13 @@ class SpoolReader:
                 return True
         segment.size = os.fstat(segment.descriptor).st_size
         if offset < segment.size:  # a torn tail
-            self._set_aside(segment, os.pread(segment.descriptor, PIECE_BYTES, offset))
+            self._set_aside(segment, offset, os.pread(segment.descriptor, PIECE_BYTES, offset))
         self._reading = None
         segment.sealed = True
         self._let_go(segment)
         return True
 
-    def _take(self, segment: FileSegment, frame: Frame, found: list[Found]) -> bool:
+    def _take(self, segment: _OthersSegment, frame: Frame, found: list[Found]) -> bool:
         if frame.kind == HEADER:
             header = parse_header(frame.content)
             segment.fields = header.fields if header else None
@@ -244,13 +289,16 @@ class SpoolReader:
         captured = parse_captured(frame.content, segment.fields) if frame.kind else None
         if captured is None:
             return False
-        segment.unsettled += 1
         if captured.replaces is not None:
             self._forget(captured.replaces)
+        if frame.kind == PROVISIONAL and captured.id in self._recent:
+            return True
+        segment.unsettled += 1
         if frame.kind == PROVISIONAL:
             self._provisional.setdefault(captured.id, []).append((captured, segment, frame.offset))
             return True
         self._forget(captured.id)
+        self._recent.append(captured.id)
         self._unsettled[segment.number, frame.offset] = None
         found.append(Found(to_record(captured), segment, frame.offset))
         return True
@@ -274,10 +322,12 @@ class SpoolReader:
                 remove(self.path)
             self._close_lock()
 
-    def _set_aside(self, segment: FileSegment, line: bytes) -> None:
+    def _set_aside(self, segment: FileSegment, offset: int, line: bytes) -> None:
         """Keep a line that can't be read, beside the process's directory, for a person to look at."""
-        self.damaged += 1
-        self._acknowledged = self._acknowledged._replace(refused=self._acknowledged.refused + 1)
+        # What is at 0 is a header, whatever has become of it, unless a record has run into it.
+        if offset or _A_RECORD.search(line):
+            self.damaged += 1
+            self._acknowledged = self._acknowledged._replace(refused=self._acknowledged.refused + 1)
         name = self.path.parent / f"damaged-{self.path.name}-{segment.path.stem}"
         with contextlib.suppress(OSError), open(name, "ab", opener=_private) as file:  # else it is counted only
             file.write(line if line.endswith(b"\n") else line + b"\n")
@@ -287,7 +337,7 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
-def _known_so_far(places: list[tuple[Captured, Segment, int]]) -> list[Found]:
+def _known_so_far(places: list[tuple[Captured, _OthersSegment, int]]) -> list[Found]:
     """Return the record of a row whose operation never ended, once for each place where something of it is."""
     known, *parts = (captured for captured, _, _ in places)
     rows = [known] * len(places)
@@ -297,7 +347,11 @@ def _known_so_far(places: list[tuple[Captured, Segment, int]]) -> list[Found]:
         else:
             known = filled(known, part)
             rows = [known if row.id == known.id else row for row in rows]
-    return [Found(to_record(row), segment, offset) for row, (_, segment, offset) in zip(rows, places, strict=True)]
+    found: list[Found] = []
+    for row, (_, segment, offset) in zip(rows, places, strict=True):
+        segment.rows[offset] = record = to_record(row)
+        found.append(Found(record, segment, offset))
+    return found
 
 
 def adopt(root: Path, destinations: Collection[str] | None) -> Iterator[SpoolReader]:
@@ -318,7 +372,7 @@ def adopt(root: Path, destinations: Collection[str] | None) -> Iterator[SpoolRea
 
 
 def tail(root: Path, destinations: Collection[str], known: Collection[Path]) -> Iterator[SpoolReader]:
-    """Yield what processes have in the spool that are not known yet, whether they live or not.
+    """Yield what processes have in the spool that are not known yet: those that have ended, or leave writing to others.
 
     Args:
         root: the spool's directory.
@@ -329,7 +383,8 @@ def tail(root: Path, destinations: Collection[str], known: Collection[Path]) -> 
         if path not in known:
             reader = SpoolReader(path, None)
             reader.look_after()
-            yield reader
+            if not reader.is_alive or is_left_to_others(path):
+                yield reader
 
 
 def _with_destination(root: Path, destinations: Collection[str] | None) -> Iterator[Path]:

@@ -15,7 +15,6 @@ from astrocyte_otel_audit.pipeline.adoption import SpoolReader, adopt, tail
 from astrocyte_otel_audit.pipeline.captured import Captured, to_record
 from astrocyte_otel_audit.pipeline.directory import SpoolError, clear_unfinished, in_words, worded
 from astrocyte_otel_audit.pipeline.segment import (
-    HEADER,
     PIECE_BYTES,
     PROVISIONAL,
     RECORD,
@@ -355,7 +354,7 @@ class Backlog:
             captured = parse_captured(frame.content) if frame.kind == RECORD else None
             if captured is not None:
                 entries.append(Entry(0, captured.schema, to_record(captured), segment, frame.offset))
-            elif frame.kind == RECORD or (not frame.kind and frame.content[:1] not in (HEADER, PROVISIONAL)):
+            elif frame.kind == RECORD or (not frame.kind and frame.offset and frame.content[:1] != PROVISIONAL):
                 # It was one, when it was written.
                 damaged.append(frame.offset)
         with self._lock:

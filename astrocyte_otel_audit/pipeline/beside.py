@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
+import orjson
+
 from astrocyte_otel_audit import settings
-from astrocyte_otel_audit.pipeline.directory import check
+from astrocyte_otel_audit.pipeline.directory import check, try_lock
 from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
 from astrocyte_otel_audit.pipeline.spool import Spool
 from astrocyte_otel_audit.pipeline.writer import Writer
@@ -53,7 +55,7 @@ def write_beside(
         delay_seconds=settings.resolve("schedule_delay_millis") / 1000,
         tailed=tailed,
     )
-    with _alone(root / f"writer-{hashlib.sha256(repr(tailed).encode()).hexdigest()[:16]}.lock", stopped):
+    with _alone(root, tailed, stopped):
         if not stopped.is_set():
             _logger.info("writing what is in %s for %s", root, ", ".join(tailed))
             writer.start()
@@ -62,11 +64,29 @@ def write_beside(
     return writer.stats()
 
 
-@contextmanager
-def _alone(lock: Path, stopped: threading.Event) -> Iterator[None]:
-    """Wait until nobody else has a lock, or it is stopped."""
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def written_for(root: Path) -> set[str]:
+    """Return the destinations whose processes have a writer at work beside them.
+
+    Args:
+        root: the spool's directory.
+    """
+    found: set[str] = set()
+    for lock in root.glob("writer-*.lock"):
+        if (descriptor := try_lock(lock)) is not None:
+            os.close(descriptor)
+            continue
+        with contextlib.suppress(OSError, ValueError):  # one that has just begun
+            found.update(orjson.loads(lock.read_bytes()))
+    return found
+
+
+@contextlib.contextmanager
+def _alone(root: Path, destinations: Sequence[str], stopped: threading.Event) -> Iterator[None]:
+    """Wait until nobody else writes for the same destinations, or it is stopped."""
+    name = hashlib.sha256(repr(destinations).encode()).hexdigest()[:16]
+    descriptor = os.open(root / f"writer-{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
+        os.pwrite(descriptor, orjson.dumps(destinations), 0)  # for `doctor`; the same of all that want this lock
         said = False
         while not stopped.is_set():
             try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from astrocyte_otel_audit.errors import AuditError
-from astrocyte_otel_audit.pipeline.segment import HEADER, frames, parse_header
+from astrocyte_otel_audit.pipeline.segment import HEADER, Header, frames, parse_header
 
 try:
     import fcntl
@@ -156,12 +156,21 @@ def clear_unfinished(root: Path) -> None:
 
 def destination_of(path: Path) -> str | None:
     """Return where the operations of a process's directory belong; None where none of its segments says so."""
+    header = next(_headers(path), None)
+    return None if header is None else header.destination
+
+
+def is_left_to_others(path: Path) -> bool:
+    """Say whether a process leaves writing to another one, as far as any of its segments says so."""
+    return any(header.is_left_to_others for header in _headers(path))
+
+
+def _headers(path: Path) -> Iterator[Header]:
     for segment in sorted(path.glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError), segment.open("rb") as file:
             for frame in frames(file.readline()):
                 if frame.kind == HEADER and (header := parse_header(frame.content)) is not None:
-                    return header.destination
-    return None
+                    yield header
 
 
 @contextlib.contextmanager

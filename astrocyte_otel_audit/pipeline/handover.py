@@ -6,8 +6,12 @@ they grow, clears away those it is done with, and says in a file how far it has 
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, read_acknowledged
@@ -20,7 +24,8 @@ _TEND_SECONDS: Final = 1.0
 #: How often is looked whether what is waited for has come.
 _POLL_SECONDS: Final = 0.01
 #: A writer that has said nothing for this long is missed.
-_MISSED_SECONDS: Final = 60.0
+MISSED_SECONDS: Final = 60.0
+_logger = logging.getLogger(__name__)
 
 
 class Handover(Intake):
@@ -47,11 +52,21 @@ class Handover(Intake):
     def _begin(self) -> None:
         super()._begin()
         self._tend_at = 0.0
-        #: Whether all was written when it was stopped.
+        #: Whether all was written when it was stopped, and how many operations were in memory only.
         self._was_all = False
+        self._lost = 0
         self._acknowledged = Acknowledged(0, 0, 0, 0)
         #: Since when something waits, or since when something of it was last written.
         self._waiting_since: float | None = None
+        #: What is to be said to the log once nobody has the lock, since a log's handlers have locks of their own.
+        self._unsaid: deque[Callable[[], None]] = deque()
+
+    def submit(self, captured: Captured) -> bool:
+        """Accept an operation, or refuse and count it. Never raises, never waits for Postgres."""
+        taken = super().submit(captured)
+        if self._unsaid:
+            self._say()
+        return taken
 
     def start(self) -> None:
         """Do nothing: there is nothing beside the callers."""
@@ -69,25 +84,29 @@ class Handover(Intake):
             self._backlog.close_gap()
             goal = self._spool.end()
         deadline = self._clock() + timeout_seconds
-        while not self._look() >= goal:
-            if self._clock() >= deadline:
-                return False
+        while not (is_there := self._look() >= goal) and self._clock() < deadline:
             self._sleep(_POLL_SECONDS)
-        return not self._acknowledged.refused
+        self._say()
+        # What the disk did not take is in memory, where no other process finds it.
+        return is_there and not self._spool.in_memory and not self._acknowledged.refused
 
     def stop(self, timeout_seconds: float) -> int:  # noqa: ARG002 - nobody has to be waited for
-        """Refuse new operations, and let go of the files: all that was accepted is in them.
+        """Refuse new operations, and let go of the files: what was accepted is in them, unless the disk has failed.
 
         Returns:
-            0.
+            How many accepted operations the disk did not take: they are lost, and are said to be.
         """
         with self._lock:
             first, self._deadline = self._deadline is None, self._clock()
             if first:
                 self._backlog.close_gap()
-                self._was_all = self._look() >= self._spool.end()
+                self._lost = self._spool.in_memory
+                self._was_all = self._look() >= self._spool.end() and not self._lost
                 self._backlog.close()
-        return 0
+        self._say()
+        if first and self._lost:
+            _logger.error("%d audit records could not be put into the spool and are lost.", self._lost)
+        return self._lost
 
     def stats(self) -> dict[str, int]:
         """Return counts since the start of the process, by the names of `Writer.stats`.
@@ -95,6 +114,7 @@ class Handover(Intake):
         `stored` and `set_aside`, with what can't be read, are what the writing process has said so far.
         """
         self._look()
+        self._say()
         with self._lock:
             accepted, done = self._backlog.accepted, self._acknowledged
             return {
@@ -127,17 +147,17 @@ class Handover(Intake):
     def _tend(self, now: float) -> None:
         self._tend_at = now + _TEND_SECONDS
         for trouble in self._backlog.tend(adopting=False):
-            self._troubles.report("spool", trouble)
+            self._unsaid.append(partial(self._troubles.report, "spool", trouble))
         if self._look() >= self._spool.end():
             self._waiting_since = None
         elif self._waiting_since is None:
             self._waiting_since = now
-        elif now - self._waiting_since > _MISSED_SECONDS:
-            self._troubles.report(
-                "writer",
+        elif now - self._waiting_since > MISSED_SECONDS:
+            missed = (
                 "audit records wait in the spool, and no process has written any for a minute: run "
-                "`astrocyte-otel-audit writer`, as this user, for the same spool and destination",
+                "`astrocyte-otel-audit writer`, as this user, for the same spool and destination"
             )
+            self._unsaid.append(partial(self._troubles.report, "writer", missed))
 
     def _look(self) -> tuple[int, int]:
         """Return how far another process has come: up to which segment, and which offset there."""
@@ -145,5 +165,13 @@ class Handover(Intake):
         said = None if path is None else read_acknowledged(path)
         if said is not None and said != self._acknowledged:
             self._acknowledged, self._waiting_since = said, None
-            self._troubles.clear("writer", "audit records are being written again")
+            back = "audit records are being written again"
+            self._unsaid.append(partial(self._troubles.clear, "writer", back))
         return self._acknowledged[:2]
+
+    # Without the lock.
+
+    def _say(self) -> None:
+        while self._unsaid:
+            with suppress(IndexError):  # another thread was first
+                self._unsaid.popleft()()

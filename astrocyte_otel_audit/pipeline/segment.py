@@ -55,6 +55,8 @@ class Header(NamedTuple):
     destination: str
     #: Names of an operation's values, in their order.
     fields: list[str]
+    #: Its process leaves writing to another one.
+    is_left_to_others: bool = False
 
 
 class Frame(NamedTuple):
@@ -74,9 +76,10 @@ def frame(kind: bytes, content: bytes) -> bytes:
     return b"%b %08x %08x %b\n" % (kind, len(content), crc32(content, _SEEDS[kind]), content)
 
 
-def header_frame(destination: str) -> bytes:
+def header_frame(destination: str, *, is_left_to_others: bool = False) -> bytes:
     """Return the first line of a segment."""
-    return frame(HEADER, orjson.dumps({"format": FORMAT, "destination": destination, "fields": _FIELDS}))
+    writer = {"writer": "external"} if is_left_to_others else {}
+    return frame(HEADER, orjson.dumps({"format": FORMAT, "destination": destination, "fields": _FIELDS, **writer}))
 
 
 def captured_frame(kind: bytes, captured: Captured) -> bytes:
@@ -106,7 +109,8 @@ def parse_header(content: bytes) -> Header | None:
     try:
         said = orjson.loads(content)
         if said["format"] == FORMAT:
-            return Header(str(said["destination"]), [str(name) for name in said["fields"]])
+            fields = [str(name) for name in said["fields"]]
+            return Header(str(said["destination"]), fields, said.get("writer") == "external")
     except (ValueError, TypeError, KeyError):
         pass  # not ours, or of a release that is not known here
     return None

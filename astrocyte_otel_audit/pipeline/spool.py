@@ -321,7 +321,7 @@ class Spool:
         path = self._own_directory(root).path / f"{self._number + 1:06d}{SUFFIX}"
         segment = FileSegment(path, create(path))
         try:
-            segment.append(header_frame(self.destination))
+            segment.append(header_frame(self.destination, is_left_to_others=self._cleared_by_others))
         except OSError:
             segment.remove()
             raise

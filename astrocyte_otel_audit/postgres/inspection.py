@@ -62,6 +62,8 @@ class Server(NamedTuple):
     #: Seconds that connecting took.
     connect_seconds: float
     encrypted: bool
+    #: Whether its certificate is verified, so that nobody is in between.
+    verified: bool
     #: Whether it is reached without leaving this machine.
     local: bool
     #: Whether somebody is in between who hands out sessions of the server, such as pgbouncer.
@@ -153,11 +155,12 @@ class AuditInspector(AuditTable):
         with self._connection(self._answer_seconds) as connection:
             seconds = time.monotonic() - started
             info, encrypted = connection.info, connection.pgconn.ssl_in_use
+            verified = info.get_parameters().get("sslmode") in ("verify-ca", "verify-full")
             own_pid, local = info.backend_pid, _is_local(info.host, info.hostaddr)
         [(database, role, version, number, in_recovery, read_only, pid)] = self._read("inspection/server", {}, None)
         # A pooler answers the start of a session itself, with a process id of its own invention.
         return Server(
-            database, role, version, number, in_recovery, read_only, seconds, encrypted, local, pid != own_pid
+            database, role, version, number, in_recovery, read_only, seconds, encrypted, verified, local, pid != own_pid
         )
 
     def relations(self) -> tuple[Relation | None, Relation | None]:

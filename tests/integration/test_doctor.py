@@ -286,6 +286,25 @@ def test_a_server_that_lets_nobody_in_has_failed(database, changes, what):
     assert "hunter2" not in str(found)
 
 
+@pytest.mark.parametrize("place", ["the DSN", "the environment"])
+@pytest.mark.parametrize(
+    ("mode", "proves"),
+    [(None, False), ("prefer", False), ("require", False), ("verify-ca", True), ("verify-full", True)],
+)
+def test_whether_the_server_has_to_prove_itself_is_what_libpq_says(database, monkeypatch, place, mode, proves):
+    given = {} if mode is None else {"sslmode": mode}
+    if place == "the environment":
+        for name in given:
+            monkeypatch.setenv("PGSSLMODE", given[name])
+        given = {}
+    dsn = make_conninfo(database, **given)
+    inspector = AuditInspector(dsn, schema="public", table=LOG, timeout_seconds=5)
+    try:
+        assert inspector.server().verified is proves
+    finally:
+        inspector.close()
+
+
 def test_what_the_inspector_knows_of_the_tables_is_what_the_migrations_make(database):
     inspector = AuditInspector(database, schema="public", table=LOG, timeout_seconds=5)
     log, side = inspector.relations()

@@ -16,6 +16,8 @@ import pytest
 from psycopg_pool import ConnectionPool
 
 from astrocyte_otel_audit import ConfigurationError, audit_operation
+from astrocyte_otel_audit.doctor import Examination
+from astrocyte_otel_audit.doctor.beside import check_writer
 from astrocyte_otel_audit.embedded import embedded_postgres
 from astrocyte_otel_audit.postgres import AuditTable, OwnConnection
 from tests.integration.test_database_away import Cluster
@@ -443,6 +445,39 @@ def test_a_process_with_another_destination_is_left_alone_until_a_writer_has_tha
     wait_until(lambda: spool() == [])
     assert banks(database) == ["default-0", "default-again-0", "elsewhere-0"]
     assert_ends(beside, stored=1)
+
+
+def test_a_living_process_that_writes_itself_is_left_alone(writer, application, database, spool, tmp_path):
+    script = f"""
+    slow = {{"schedule_delay_millis": 3_600_000}}
+    processor = configure_audit(actions="*", dsn={database!r}, tracer_provider=provider, **slow)
+    emit(*range(5))
+    wait_for((spool / "go").exists)
+    assert processor.force_flush(60_000)
+    assert processor.stats()["stored"] == 5
+    """
+    itself = application("itself", script)
+    itself.wait_until_said("itself-4")
+    (directory,) = spool()
+    beside = writer()
+    assert_ended(application("other", WORK))  # which the writer has found, and so it has looked at all
+    assert "other-0" in banks(database)
+    assert "itself-0" not in banks(database)
+    (tmp_path / "spool" / "go").touch()
+    assert_ended(itself)
+    assert not any(directory in line for line in beside.lines)
+    assert_ends(beside, stored=50)
+
+
+def test_doctor_knows_whether_a_writer_is_at_work(writer, spool, tmp_path, monkeypatch):
+    def found():
+        return [(each.check, each.status) for each in check_writer(Examination(spool_dir=tmp_path / "spool"))]
+
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_WRITER", "external")
+    beside = writer()
+    assert found() == [("writer", "ok"), ("writer-waiting", "ok")]
+    assert_ends(beside, stored=0)
+    assert found() == [("writer", "warning"), ("writer-waiting", "ok")]
 
 
 # Postgres away.

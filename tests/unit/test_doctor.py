@@ -1,10 +1,13 @@
 """What `doctor` finds in a process and in a spool, and how it says it; the database is in the integration tests."""
 
+import contextlib
 import fcntl
 import logging
 import os
 import socket
 import threading
+import time
+from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +16,24 @@ import pytest
 from rich.console import Console
 
 from astrocyte_otel_audit import ConfigurationError, doctor
-from astrocyte_otel_audit.doctor import Check, Examination, Finding, database, examine, exit_status, process, wiring
+from astrocyte_otel_audit.doctor import (
+    Check,
+    Examination,
+    Finding,
+    beside,
+    database,
+    examine,
+    exit_status,
+    process,
+    wiring,
+)
 from astrocyte_otel_audit.doctor import spool as spool_checks
 from astrocyte_otel_audit.doctor.mounts import Mount, mount_of, trouble_with
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.pipeline import AuditSampler
+from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, write_acknowledged
+from astrocyte_otel_audit.pipeline.beside import _alone
+from astrocyte_otel_audit.pipeline.directory import ACKNOWLEDGED
 from astrocyte_otel_audit.pipeline.segment import RECORD, captured_frame
 from astrocyte_otel_audit.pipeline.spool import Spool
 from astrocyte_otel_audit.postgres.inspection import Canary, Relation, Rights, Server, _is_local, hosts
@@ -313,7 +329,7 @@ def test_host_names_are_resolved_within_a_time(monkeypatch, names, status, what)
     assert "bad" not in str(found)
 
 
-SERVER = Server("memories", "writer", "18.4", 180_004, False, False, 0.004, False, True, False)
+SERVER = Server("memories", "writer", "18.4", 180_004, False, False, 0.004, False, False, True, False)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +338,7 @@ SERVER = Server("memories", "writer", "18.4", 180_004, False, False, 0.004, Fals
         ({}, "connection", "ok", "to memories as writer, in 4 ms"),
         ({}, "tls", "ok", "on this machine"),
         ({"pooled": True}, "tls", "ok", "the pooler is on this machine"),
-        ({"encrypted": True, "local": False}, "tls", "ok", "TLS is in use"),
+        ({"encrypted": True}, "tls", "ok", "TLS is in use"),
         ({"local": False}, "tls", "warning", "sslmode=verify-full"),
         ({}, "server", "ok", "PostgreSQL 18.4"),
         ({"version_number": 130_010, "version": "13.10"}, "server", "failed", "upgrade to 14 or later"),
@@ -338,6 +354,17 @@ def test_what_a_server_is_like(changes, check, status, said):
     (found,) = [finding for finding in database.check_connection(examination) if finding.check == check]
     assert found.status == status
     assert said in str(found)
+
+
+@pytest.mark.parametrize(("proves", "status"), [(True, "ok"), (False, "warning")])
+def test_a_server_on_another_machine_has_to_prove_which_it_is(proves, status):
+    examination = Examination()
+    examination.inspector = SimpleNamespace(
+        server=lambda: SERVER._replace(encrypted=True, verified=proves, local=False)
+    )
+    (found,) = [finding for finding in database.check_connection(examination) if finding.check == "tls"]
+    assert found.status == status
+    assert ("sslmode=verify-full" in str(found)) is not proves
 
 
 @pytest.mark.parametrize(
@@ -576,6 +603,116 @@ def test_what_is_damaged_is_a_warning(root):
     found = look(spool_checks.check_what_is_left, root)["spool-damaged"]
     assert found.status == "warning"
     assert found.what == "1 lines can't be read, and 1 files of such lines are kept"
+
+
+# The writer beside the processes
+
+
+@pytest.fixture
+def external(monkeypatch):
+    monkeypatch.setenv(PREFIX + "WRITER", "external")
+
+
+@pytest.fixture
+def at_work(root):
+    """Begins writers, as far as their locks."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *destinations: stack.enter_context(_alone(root, destinations, threading.Event()))
+
+
+@pytest.fixture
+def application(root):
+    """The spool of a process that leaves writing to another one, with an operation that ended so many seconds ago."""
+    spools = []
+
+    def application(seconds, *, external=True):
+        spool = Spool(root, "default", max_bytes=10**6, max_in_memory=0, cleared_by_others=external)
+        end = datetime.now(UTC) - timedelta(seconds=seconds)
+        spool.append(captured_frame(RECORD, full_captured(ended_at=end)))
+        spools.append(spool)
+        return spool
+
+    yield application
+    for spool in spools:
+        spool.after_fork()  # closes
+
+
+def test_where_each_process_writes_no_other_is_needed(root, application):
+    application(3_600, external=False)
+    found = look(beside.check_writer, root)
+    assert found == {"writer": ("writer", "ok", "each process writes its own records", None)}
+
+
+def test_a_writer_at_work_for_the_destination_is_as_it_should_be(root, external, at_work, monkeypatch):
+    at_work("default", "postgresql-1")
+    found = look(beside.check_writer, root)
+    assert statuses(found.values()) == {"writer": "ok", "writer-waiting": "ok"}
+    monkeypatch.setenv(PREFIX + "DESTINATION", "postgresql-1")
+    assert look(beside.check_writer, root)["writer"].status == "ok"
+
+
+def test_no_writer_is_a_warning(root, external):
+    with _alone(root, ["default"], threading.Event()):
+        pass  # it has ended
+    (root / "writer-of-nobody.lock").write_text("no JSON")
+    found = look(beside.check_writer, root)
+    assert statuses(found.values()) == {"writer": "warning", "writer-waiting": "ok"}
+    assert found["writer"].what == "none is at work: records wait in the spool"
+    assert "astrocyte-otel-audit writer" in found["writer"].advice
+
+
+def test_a_writer_for_another_destination_is_a_warning(root, external, at_work):
+    at_work("elsewhere")
+    found = look(beside.check_writer, root)["writer"]
+    assert found.status == "warning"
+    assert found.advice == "start it with --destination default too"
+
+
+def test_a_writer_needs_a_spool(external):
+    found = look(beside.check_writer, "off")
+    assert statuses(found.values()) == {"writer": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said_seconds", "everything", "status"),
+    [
+        (10, None, False, "ok"),
+        (3_600, None, False, "warning"),
+        (3_600, 3_500, False, "warning"),
+        (3_600, 10, False, "ok"),
+        (3_600, 3_500, True, "ok"),
+        (10, 3_500, False, "ok"),
+    ],
+)
+def test_what_waits_while_nothing_is_written_is_a_warning(
+    root, external, at_work, application, seconds, said_seconds, everything, status
+):
+    spool = application(seconds)
+    if said_seconds is not None:
+        write_acknowledged(spool.path, Acknowledged(*(spool.end() if everything else (1, 0)), 0, 0))
+        said = time.time() - said_seconds
+        os.utime(spool.path / ACKNOWLEDGED, (said, said))
+    at_work("default")
+    found = look(beside.check_writer, root)
+    assert statuses(found.values()) == {"writer": "ok", "writer-waiting": status}
+    assert ("what the writer says" in str(found["writer-waiting"])) is (status == "warning")
+
+
+def test_what_waits_for_nobody_needs_a_writer(root, external, application):
+    application(3_600)
+    found = look(beside.check_writer, root)
+    assert statuses(found.values()) == {"writer": "warning", "writer-waiting": "warning"}
+    assert found["writer-waiting"].what == "records of 1 processes wait, and none was written for a minute"
+    assert found["writer-waiting"].advice.startswith("run `astrocyte-otel-audit writer`")
+
+
+def test_an_application_that_leaves_writing_to_another_needs_no_database(root, external):
+    found = list(examine(Examination(spool_dir=root, actions="*")))
+    assert [finding.check for finding in found if finding.status == "failed"] == []
+    assert {finding.check for finding in found if finding.status == "skipped"} >= {"dsn", "connection", "canary"}
+    assert all("--dsn" in finding.advice for finding in found if finding.check in ("dsn", "connection", "canary"))
+    assert statuses(found)["wiring"] == "ok"
+    assert exit_status(found) == 0
 
 
 # All of them together

@@ -707,3 +707,68 @@ def test_more_than_was_accepted_is_no_debt(make, root):
     (directory,) = directories(root)
     write_acknowledged(directory, Acknowledged(segment=1, offset=10**6, stored=5, refused=0))
     assert (handover.stats()["waiting"], handover.flush(0.0)) == (0, True)
+
+
+# What is said.
+
+
+def test_nothing_is_said_to_a_log_with_the_lock_held(make, now, beside, root, monkeypatch):
+    free = []
+
+    def try_it():
+        if taken := handover._lock.acquire(timeout=0.2):
+            handover._lock.release()
+        free.append(taken)
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            thread = threading.Thread(target=try_it)
+            thread.start()
+            thread.join()
+
+    handover = make()
+    handler = Handler()
+    logging.getLogger(LOGGER).addHandler(handler)
+    try:
+        for _ in range(70):
+            submit(handover, 0)
+            now[0] += 1.0
+        beside.write()
+        now[0] += 1.0
+        submit(handover, 1)  # it is back
+        handover.stats()
+        next(root.glob("*/0*.segment")).unlink()
+        now[0] += 1.0
+        submit(handover, 2)  # and a file is put back
+    finally:
+        logging.getLogger(LOGGER).removeHandler(handler)
+    assert free == [True] * 3
+
+
+# A disk that fails.
+
+
+def test_what_is_in_memory_is_not_in_the_table_and_is_lost_when_it_stops(make, beside, monkeypatch, caplog):
+    handover = make()
+    assert handover.begin(BEGUN)
+    with monkeypatch.context() as failing:
+        fail(failing)
+        assert handover.submit(ENDED)  # it was promised a place
+    beside.write()
+    assert not handover.flush(0.0)
+    assert [handover.stop(1.0), handover.stop(1.0)] == [1, 1]
+    assert not handover.flush(0.0)
+    assert "1 audit records could not be put into the spool and are lost." in caplog.messages
+
+
+@pytest.mark.parametrize("what", ["begin", "hold"])
+def test_what_has_begun_since_is_not_waited_for(make, beside, what):
+    handover = make()
+    submit(handover, 0)
+    beside.write()
+    assert handover.flush(0.0)
+    getattr(handover, what)(full_captured(1, outcome="unknown", ended_at=None))
+    assert not handover.flush(0.0)  # nobody has read it
+    beside.read()
+    assert handover.flush(0.0)
+    assert beside.records == full_records(1)

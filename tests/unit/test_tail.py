@@ -143,11 +143,61 @@ def test_what_an_ended_process_has_left_is_found_and_locked(make, tailed, root):
 def test_what_a_process_has_before_it_has_written_anything_is_nothing_to_read(make, tailed):
     spool = make()
     spool.note_gap(None)
-    (reader,) = tailed()
-    assert (reader.has_more(), reader.read(10), reader.exhausted) == (False, [], False)
+    assert tailed() == []
     append(spool, 0)
+    (reader,) = tailed()
     assert reader.has_more()
     assert records(read_all(reader)) == full_records(1)
+
+
+def test_a_living_process_that_writes_itself_is_left_alone_until_it_has_ended(make, tailed, root):
+    spool = make(cleared_by_others=False, segment_bytes=1)
+    append(spool, *range(3))
+    before = descriptors()
+    assert tailed() == []
+    assert descriptors() == before
+    assert names(spool) == ["000001.segment", "000002.segment", "000003.segment"]
+    spool.after_fork()
+    (reader,) = tailed()
+    found = read_all(reader)
+    assert records(found) == full_records(3)
+    settle(reader, found)
+    assert list(root.iterdir()) == []
+
+
+def test_one_whole_header_is_enough_to_know_who_leaves_writing_to_others(make, tailed):
+    spool = make(segment_bytes=1)
+    append(spool, 0, 1)
+    with spool.segments[0].path.open("r+b") as file:
+        file.write(b"?")
+    (reader,) = tailed()
+    assert records(read_all(reader)) == full_records(2)
+
+
+def test_a_header_that_is_damaged_costs_no_record_and_is_kept_for_a_person(make, tailed, root):
+    spool = make(segment_bytes=1_500)
+    append(spool, *range(10))
+    with spool.segments[1].path.open("r+b") as file:
+        file.write(b"?")
+    (reader,) = tailed()
+    found = read_all(reader)
+    settle(reader, found)
+    reader.acknowledge()
+    assert (records(found), reader.damaged) == (full_records(10), 0)
+    assert read_acknowledged(spool.path) == Acknowledged(*spool.end(), 10, 0)
+    (kept,) = root.glob("damaged-*")
+    assert kept.read_bytes().startswith(b"? ")
+
+
+def test_a_record_that_has_run_into_the_header_is_counted(make, tailed):
+    spool = make(segment_bytes=1_000)
+    append(spool, *range(5))
+    path = spool.segments[0].path
+    whole = path.read_bytes()
+    end = whole.index(b"\n")
+    path.write_bytes(whole[:end] + b"?" + whole[end + 1 :])
+    (reader,) = tailed()
+    assert (records(read_all(reader)), reader.damaged) == (full_records(5)[1:], 1)
 
 
 # Reading it.
@@ -373,6 +423,18 @@ def test_a_file_waits_for_the_records_of_what_has_begun_in_it(make, tailed):
     assert names(spool) == ["000006.segment"]
 
 
+def test_a_part_that_comes_after_its_record_keeps_no_file(make, tailed):
+    spool = make(segment_bytes=1_400)
+    append(spool, 0)
+    spool.append(begun(0))
+    append(spool, 1, 2)
+    (reader,) = tailed()
+    found = read_all(reader)
+    assert records(found) == full_records(3)
+    settle(reader, found)
+    assert "000001.segment" not in names(spool)
+
+
 def test_what_has_begun_and_a_part_of_it_are_one_row_when_the_process_has_ended(make, tailed, root):
     spool = make(segment_bytes=1)
     known = [full_captured(0, outcome="unknown", ended_at=None, bank_id=None), full_captured(0, bank_id="part's")]
@@ -384,6 +446,7 @@ def test_what_has_begun_and_a_part_of_it_are_one_row_when_the_process_has_ended(
     reader.look_after()
     found = reader.read(10)
     assert records(found) == [to_record(filled(*known))] * 2
+    assert [each.segment.record_at(each.offset) for each in found] == records(found)
     settle(reader, found)
     assert list(root.iterdir()) == []
 
@@ -623,7 +686,7 @@ def test_what_is_written_is_synced_by_who_reads_it(make, tailed, monkeypatch):
     assert synced == [spool.segments[0].path.stat().st_ino]
 
 
-def test_what_cant_be_synced_is_the_systems_error(make, tailed, monkeypatch):
+def test_what_cant_be_synced_is_said_once_and_that_it_can_be_again(make, tailed, monkeypatch, caplog):
     def failing(descriptor):
         raise OSError(errno.EIO, "")
 
@@ -631,8 +694,15 @@ def test_what_cant_be_synced_is_the_systems_error(make, tailed, monkeypatch):
     (reader,) = tailed()
     read_all(reader)
     monkeypatch.setattr(os, "fdatasync", failing)
-    with pytest.raises(OSError):
+    for _ in range(3):
         reader.look_after()
+    name = reader.path.name
+    trouble = f"the spool has trouble: what process {name} has in it can't be looked after: Input/output error."
+    assert caplog.messages == [trouble]
+    monkeypatch.undo()
+    for _ in range(3):
+        reader.look_after()
+    assert caplog.messages == [trouble, f"what process {name} has in the spool is looked after again."]
 
 
 # Acknowledging it.
@@ -711,6 +781,34 @@ def test_what_has_begun_holds_up_no_acknowledgement(make, tailed):
     settle(reader, read_all(reader))
     reader.acknowledge()
     assert read_acknowledged(spool.path) == Acknowledged(*spool.end(), 1, 0)
+
+
+@pytest.mark.parametrize("line", [begun(1), b"?\n"])
+def test_the_process_is_told_of_what_leaves_nothing_to_settle(make, tailed, line):
+    spool = make()
+    append(spool, 0)
+    (reader,) = tailed()
+    found = read_all(reader)
+    assert read_acknowledged(spool.path) is None  # something is to be settled first
+    settle(reader, found)
+    reader.acknowledge()
+    os.write(spool.segments[0].descriptor, line)
+    assert read_all(reader) == []
+    end = (1, spool.segments[0].path.stat().st_size)
+    assert read_acknowledged(spool.path) == Acknowledged(*end, 1, int(line == b"?\n"))
+
+
+def test_what_cant_be_told_of_what_was_read_keeps_nothing_from_being_read(make, tailed, monkeypatch):
+    def failing(*arguments):
+        raise OSError(errno.EIO, "")
+
+    spool = make()
+    spool.append(begun(0))
+    (reader,) = tailed()
+    monkeypatch.setattr(os, "pwrite", failing)
+    assert reader.read(10) == []
+    append(spool, 1)
+    assert records(reader.read(10)) == [full_record(1)]
 
 
 def test_the_same_is_not_told_twice(make, tailed):
