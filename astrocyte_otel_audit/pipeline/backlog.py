@@ -25,7 +25,7 @@ from astrocyte_otel_audit.pipeline.segment import (
     frames,
     parse_captured,
 )
-from astrocyte_otel_audit.pipeline.spool import Spool
+from astrocyte_otel_audit.pipeline.spool import Spool, SpoolFullError
 from astrocyte_otel_audit.record import AuditRecord, record_id
 from astrocyte_otel_audit.storable import MAX_TEXT
 
@@ -103,13 +103,29 @@ class Backlog:
         Returns:
             False where that can't be done.
         """
-        return self.has_room() and self._hold(captured, synced=True)
+        if not self.spool.has_room_on_disk(_USUAL_BYTES):
+            return False
+        try:
+            self._hold(captured, synced=True)
+        except SpoolError:
+            return False
+        return True
 
-    def hold(self, captured: Captured) -> None:
-        """Put what is known so far of a row where another process finds it, if its operation never ends."""
-        # Where there is no room, it is in memory only.
-        if self._hold(captured, synced=False) and captured.replaces is not None:
+    def hold(self, captured: Captured) -> bool:
+        """Put what is known so far of a row where another process finds it, if its operation never ends.
+
+        Returns:
+            False where there is no room for it. True where it is in memory only, as all else is then.
+        """
+        try:
+            self._hold(captured, synced=False)
+        except SpoolFullError:
+            return False
+        except SpoolError:
+            return True
+        if captured.replaces is not None:
             self.release(captured.replaces)
+        return True
 
     def release(self, row_id: str) -> None:
         """Take what was held until a row is written for settled, if anything was."""
@@ -310,9 +326,10 @@ class Backlog:
                     and (end is None or segment is not end[0] or frame.offset < end[1])
                     and (captured := parse_captured(frame.content)) is not None
                 ]
-                if not found:
+                if found:
+                    yield found
+                if not data:
                     break
-                yield found
                 offset += len(data)
             if end is not None and segment is end[0]:
                 return
@@ -411,13 +428,9 @@ class Backlog:
         self.taken += count
         self.settled += count
 
-    def _hold(self, captured: Captured, *, synced: bool) -> bool:
-        try:
-            place = self.spool.append(captured_frame(PROVISIONAL, captured), on_disk=True, synced=synced)
-        except SpoolError:
-            return False
+    def _hold(self, captured: Captured, *, synced: bool) -> None:
+        place = self.spool.append(captured_frame(PROVISIONAL, captured), on_disk=True, synced=synced)
         self._held.setdefault(captured.id, []).append(place)
-        return True
 
     def _widen_gap(self, captured: Captured) -> None:
         self.refused += 1

@@ -76,8 +76,10 @@ class Handover(Intake):
 
         Returns:
             True only if every operation accepted before the call is in the table: no more, once one was set aside or
-            can't be read. False at the timeout.
+            can't be read. False at the timeout, and in a signal's handler that has interrupted a call into here.
         """
+        if self._is_inside():
+            return False
         with self._lock:
             if self._deadline is not None:  # nobody says any more how far another process has come
                 return self._was_all and not self._acknowledged.refused
@@ -93,9 +95,17 @@ class Handover(Intake):
     def stop(self, timeout_seconds: float) -> int:  # noqa: ARG002 - nobody has to be waited for
         """Refuse new operations, and let go of the files: what was accepted is in them, unless the disk has failed.
 
+        In a signal's handler that has interrupted a call into here, when that call ends.
+
         Returns:
             How many accepted operations the disk did not take: they are lost, and are said to be.
         """
+        if self._is_inside():
+            self._put_off.append(self._stop)
+            return self._spool.in_memory
+        return self._stop()
+
+    def _stop(self) -> int:
         with self._lock:
             first, self._deadline = self._deadline is None, self._clock()
             if first:

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Collection
+from functools import partial
 
 from astrocyte_otel_audit.pipeline.backlog import Backlog
 from astrocyte_otel_audit.pipeline.captured import Captured
@@ -45,12 +46,14 @@ class Intake(ABC):
         self._begin()
 
     def _begin(self) -> None:
-        # Reentrant, as garbage collection may end an abandoned generator's operation on a thread that is in here.
         self._lock = threading.RLock()
+        #: Whether this thread has the lock, in which case it can't be waited for; as conditions find out.
+        self._is_inside: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]
         self._changed = threading.Condition(self._lock)
         self._backlog = Backlog(self._spool, lock=self._lock, tailed=self._tailed)
-        self._is_busy = False
-        self._put_off: deque[tuple[Callable[[Captured], object], Captured]] = deque()
+        #: What has come up on a thread that was in here already, in the middle of a write: in a signal's handler, or as
+        #: garbage collection has ended the operation of an abandoned generator.
+        self._put_off: deque[Callable[[], object]] = deque()
         self._counts: Counter[str] = Counter()
         self._troubles = Troubles(_logger, self._clock)
 
@@ -60,40 +63,52 @@ class Intake(ABC):
         Returns:
             False where that can't be done; then nothing is promised.
         """
+        if self._is_inside():
+            return False
         with self._lock:
-            return self._deadline is None and not self._is_busy and self._backlog.begin(captured)
+            try:
+                return self._deadline is None and self._backlog.begin(captured)
+            finally:
+                self._catch_up()
 
-    def hold(self, captured: Captured) -> None:
-        """Put what is known so far of a row on the disk, so that it is one even if its operation never ends."""
+    def hold(self, captured: Captured) -> bool:
+        """Put what is known so far of a row where an operation's own would be, in case that never ends.
+
+        Returns:
+            False where there is no room for it.
+        """
+        if self._is_inside():
+            self._put_off.append(partial(self._backlog.hold, captured))
+            return True
         with self._lock:
-            if self._is_busy:
-                self._put_off.append((self.hold, captured))
-            elif self._deadline is None:
-                self._backlog.hold(captured)
+            try:
+                # Once it is shut down, its operation is refused with it, or has its place.
+                return self._deadline is not None or self._backlog.hold(captured)
+            finally:
+                self._catch_up()
 
     def release(self, row_id: str) -> None:
         """Forget what is held until a row is written."""
+        if self._is_inside():
+            self._put_off.append(partial(self._backlog.release, row_id))
+            return
         with self._lock:
             self._backlog.release(row_id)
 
     def submit(self, captured: Captured) -> bool:
         """Accept an operation, or refuse and count it. Never raises, never waits for Postgres but where told to."""
         line = captured_frame(RECORD, captured)
+        if self._is_inside():
+            self._put_off.append(partial(self._take_in, captured, line))
+            return True
         with self._lock:
-            if self._is_busy:
-                # On a thread that is in here already: a signal's handler, or garbage collection that ends an abandoned
-                # generator's operation. In the middle of a write, another would take its place.
-                self._put_off.append((self.submit, captured))
-                return True
-            if self._block_seconds and not self._backlog.has_room():
-                self._wait_for_room(self._block_seconds)
-            self._is_busy = True
             try:
+                if self._block_seconds and not self._backlog.has_room():
+                    self._wait_for_room(self._block_seconds)
                 refusal = self._take_in(captured, line)
             finally:
-                self._is_busy = False
-        if self._put_off:
-            self._catch_up()
+                if self._put_off:
+                    self._catch_up()
         if refusal is not None:  # without the lock, since a log's handlers have locks of their own
             self._troubles.report("refused", refusal)
         return refusal is None
@@ -124,12 +139,9 @@ class Intake(ABC):
         return None
 
     def _catch_up(self) -> None:
-        while True:
-            try:
-                method, captured = self._put_off.popleft()
-            except IndexError:
-                return
-            method(captured)
+        """Do what was put off. With the lock held, and nothing else under way."""
+        while self._put_off:
+            self._put_off.popleft()()
 
     @abstractmethod
     def start(self) -> None:

@@ -44,8 +44,12 @@ class Sink(Protocol):
     def submit(self, captured: Captured) -> bool:
         """Take one that becomes a row."""
 
-    def hold(self, captured: Captured) -> None:
-        """Take what is known so far of the row of an operation that has not ended yet, in case that never ends."""
+    def hold(self, captured: Captured) -> bool:
+        """Take what is known so far of the row of an operation that has not ended yet, in case that never ends.
+
+        Returns:
+            False where there is no room for it.
+        """
 
     def release(self, row_id: str) -> None:
         """Forget what is held until a row is written."""
@@ -123,14 +127,20 @@ class OpenOperations:
         """Hand on what is known of operations that have not ended. One that must leave a row still has its place."""
         self.hand_on_orphans()
         for started in list(self._open.values()):
-            if started.begun is None and (inner := started.taken_in.pop("", None)) is not None:
-                self._sink.submit(inner._replace(id=started.id))
+            begun, inner = started.begun, started.taken_in.get("")
+            if inner is None or not (begun is None or contradicts(begun, inner)):
+                continue
+            started.taken_in[""] = None
+            self._sink.submit(inner._replace(id=started.id) if begun is None else inner)
 
     def after_fork(self) -> None:
-        """Forget in a child what was taken in, and what is on the disk: it is the parent's."""
+        """Forget in a child what was taken in, and what is on the disk: it is the parent's, as are the rows to be.
+
+        So nothing of the child's own is taken in any more: the parent's row would not say it.
+        """
         for started in list(self._open.values()):
             started.begun = None
-            started.taken_in.clear()
+            started.taken_in = {"": None}
         self._orphans.clear()
 
     def _is_taken_in(self, captured: Captured, span: ReadableSpan) -> bool:
@@ -147,7 +157,10 @@ class OpenOperations:
             return False
         if outer.taken_in.setdefault("", captured) is not captured:
             return False
-        self._sink.hold(captured._replace(id=outer.id, replaces=captured.id))
+        if not self._sink.hold(captured._replace(id=outer.id, replaces=captured.id)):
+            # With the process it would vanish: as a row of its own it is counted, where it is refused.
+            outer.taken_in[""] = None
+            return False
         if outer.key not in self._open:  # it has ended meanwhile, and its row waits for nothing
             self._sink.release(outer.id)
         return True

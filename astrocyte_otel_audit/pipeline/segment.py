@@ -226,10 +226,13 @@ class FileSegment(Segment):
     def append(self, line: bytes) -> int:
         """Write a line at the end of the file and return its offset."""
         offset = self.size
-        written = os.write(self.descriptor, line)
-        if written < len(line):  # the kernel takes what fits on the disk, and says no more
+        try:
+            written = os.write(self.descriptor, line)
+            if written < len(line):  # the kernel takes what fits on the disk, and says no more
+                raise OSError(errno.ENOSPC, "")
+        except BaseException:  # a signal's handler may raise when all of it is written
             os.ftruncate(self.descriptor, offset)
-            raise OSError(errno.ENOSPC, "")
+            raise
         self.size = offset + written
         return offset
 

@@ -90,6 +90,7 @@ class Spool:
         self._growing: FileSegment | None = None
         #: Files of which all is settled, with the time when they go.
         self._kept: deque[tuple[float, FileSegment]] = deque()
+        self._kept_bytes = 0
         #: Set while somebody reads the files that are kept.
         self.is_being_read = False
         #: Bytes in its files, and operations in memory.
@@ -104,9 +105,14 @@ class Spool:
 
     def has_room(self, size: int = 0) -> bool:
         """Say whether that many bytes fit under the cap."""
-        if self.root is None or self._fails:
+        if self.root is None:
             return self.in_memory < self._max_in_memory
-        return self.bytes - sum(segment.size for _, segment in self._kept) + size <= self._max_bytes
+        return self.has_room_on_disk(size) and not (self._fails and self.in_memory >= self._max_in_memory)
+
+    def has_room_on_disk(self, size: int = 0) -> bool:
+        """Say whether that many bytes fit under the cap, if the disk takes them."""
+        # What is kept goes as soon as nobody reads it.
+        return self.root is not None and self.bytes - self._kept_bytes + size <= self._max_bytes
 
     def append(
         self, line: bytes, *, promised: bool = False, on_disk: bool = False, synced: bool = False
@@ -132,7 +138,7 @@ class Spool:
             return self._append_in_memory(line, promised)
         if self.bytes + size > self._max_bytes:
             self.expire(size)
-        if self.bytes + size > self._max_bytes and not promised:
+        if not promised and not self.has_room_on_disk(size):
             self.trouble = f"it is full: {self._max_bytes} bytes (spool_max_bytes)"
             raise SpoolFullError(self.trouble)
         if self._fails and not on_disk and self._clock() < self._retry_at:
@@ -140,8 +146,9 @@ class Spool:
         try:  # and not in_words(), which would cost each call a microsecond
             segment = self._growing or self._next_file(root)
             offset = segment.append(line)
-            if synced or self._fsync == "always":
-                self._sync_now(segment, offset)
+            is_synced = self._sync_now(segment, offset) if synced or self._fsync == "always" else True
+            if on_disk and not is_synced:
+                raise OSError(errno.EIO, "")
         except OSError as error:
             trouble = worded("it can't be written", error)
             self.trouble, self._fails, self._retry_at = str(trouble), True, self._clock() + _RETRY_SECONDS
@@ -149,7 +156,7 @@ class Spool:
             if on_disk:
                 raise trouble from None
             return self._append_in_memory(line, promised)  # a disk that fails, not a cap: better there than nowhere
-        self.trouble, self._fails = None, False
+        self.trouble, self._fails = None if is_synced else "it can't be synced", False
         self.bytes += size
         self._unsynced = True
         segment.unsettled += 1
@@ -200,6 +207,7 @@ class Spool:
         while self._kept and (self._kept[0][0] <= now or self.bytes + wanted > self._max_bytes):
             segment = self._kept.popleft()[1]
             self.bytes -= segment.size
+            self._kept_bytes -= segment.size
             segment.remove()
 
     def note_gap(self, gap: Captured | None) -> None:
@@ -318,14 +326,15 @@ class Spool:
         return last, offset
 
     def _next_file(self, root: Path) -> FileSegment:
-        path = self._own_directory(root).path / f"{self._number + 1:06d}{SUFFIX}"
+        directory = self._own_directory(root)
+        self._number += 1  # first: what an interrupt leaves has a name that is taken
+        path = directory.path / f"{self._number:06d}{SUFFIX}"
         segment = FileSegment(path, create(path))
         try:
             segment.append(header_frame(self.destination, is_left_to_others=self._cleared_by_others))
-        except OSError:
+        except BaseException:
             segment.remove()
             raise
-        self._number += 1
         self.bytes += segment.size
         self.seal()
         self.segments.append(segment)
@@ -343,18 +352,25 @@ class Spool:
             self._directory = ProcessDirectory(root, _gap_lines(self.destination, self._gap))
         return self._directory
 
-    def _sync_now(self, segment: FileSegment, offset: int) -> None:
+    def _sync_now(self, segment: FileSegment, offset: int) -> bool:
+        """Sync what was written from an offset on; False where it can neither be synced nor taken back."""
         try:
             os.fdatasync(segment.descriptor)
-        except OSError:  # then it isn't to be found later either
-            segment.take_back(offset)
+        except BaseException as error:  # then it isn't to be found later either
+            try:
+                segment.take_back(offset)
+            except OSError:
+                if isinstance(error, OSError):
+                    return False
             raise
+        return True
 
     def _remove(self, segment: Segment) -> None:
         self.segments.remove(segment)
         if isinstance(segment, FileSegment):
             if self._keep_seconds and not self._cleared_by_others:
                 self._kept.append((self._clock() + self._keep_seconds, segment))
+                self._kept_bytes += segment.size
                 return
             self.bytes -= segment.size
         segment.remove()

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 
 from astrocyte_otel_audit.pipeline.backlog import Entry
 from astrocyte_otel_audit.pipeline.delivery import Delivered, Delivery
@@ -88,10 +89,14 @@ class Writer(Intake):
 
         Returns:
             True only if every record accepted before the call is in the table: no more, once one was set aside or
-            lost. False at the timeout, and as soon as it is clear that one can't get there.
+            lost. False at the timeout, and as soon as it is clear that one can't get there; at once, too, in a
+            signal's handler that has interrupted a call into here.
         """
+        if self._is_inside():
+            return False
         with self._lock:
             self._backlog.close_gap()
+            self._catch_up()
             goal = self._backlog.accepted
             self._flush += 1
             flush = self._flush
@@ -108,13 +113,20 @@ class Writer(Intake):
     def stop(self, timeout_seconds: float) -> int:
         """Refuse new records, write what waits until the deadline, end the thread and close the exporter.
 
-        Harmless when repeated, also from a signal's handler, whatever that has interrupted. Returns by the deadline,
-        even where a server that doesn't answer holds the thread: that closes its connection when it is let go.
+        Harmless when repeated, also from a signal's handler: where that has interrupted a call into here, it is done
+        when that call ends. Returns by the deadline, even where a server that doesn't answer holds the thread: that
+        closes its connection when it is let go.
 
         Returns:
             How many accepted records were not written by then: they stay in the spool, or are lost where there is
             none, and are said to be.
         """
+        if self._is_inside():
+            self._put_off.append(partial(self._stop, timeout_seconds))
+            return self._backlog.unsettled()
+        return self._stop(timeout_seconds)
+
+    def _stop(self, timeout_seconds: float) -> int:
         with self._lock:
             first = self._deadline is None
             if self._deadline is None:
@@ -122,7 +134,7 @@ class Writer(Intake):
                 self._parking.expedite()
                 self._changed.notify_all()
             if self._thread is not None and self._thread is not threading.current_thread():
-                # Not by joining it: a condition lets go of a lock that this very thread may hold further up.
+                # Not by joining it: a condition lets go of the lock, which this thread has where this was put off.
                 self._changed.wait_for(lambda: self._ended, timeout_seconds)
         if first and self._thread is None:
             if self._backlog.unsettled():
@@ -226,6 +238,7 @@ class Writer(Intake):
     def _next_batch(self) -> list[Entry] | None:
         """Wait for records to write. None means that the thread shall end; an empty batch, to look again."""
         with self._lock:
+            self._catch_up()
             now = self._clock()
             if self._deadline is not None and now >= self._deadline:
                 return None
@@ -291,6 +304,9 @@ class Writer(Intake):
             began, flush = self._clock(), self._flush  # this attempt answers to the flushes that were called before it
             if self._deadline is not None and not draining:
                 attempt, draining = 0, True  # however long Postgres was away: what can be written shall be, until then
+            if self._put_off:  # this may take long
+                with self._lock:
+                    self._catch_up()
             delivered = self._delivery.attempt(batch)
             if delivered is not None:
                 self._again |= failed and self._spool.keeps

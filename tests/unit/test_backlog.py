@@ -1176,3 +1176,32 @@ def test_what_is_kept_is_in_no_childs_way(make, root):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert sorted(root.glob("*/0*.segment")) == kept
     assert before(backlog) == full_records(10)
+
+
+def test_what_is_kept_is_read_behind_a_line_that_is_longer_than_a_piece(make):
+    backlog = make(keep_seconds=60.0, segment_bytes=10**8)
+    accept(backlog, full_captured(0, request={"query": "x" * 2_000_000}))
+    fill(backlog, 3, first=1)
+    drain(backlog)
+    assert [record.bank_id for record in before(backlog)] == ["bank-0", "bank-1", "bank-2", "bank-3"]
+
+
+def test_what_is_kept_does_not_go_while_it_is_read_and_takes_nobodys_room(make):
+    backlog = make(keep_seconds=60.0, max_bytes=20_000, segment_bytes=1_000)
+    fill(backlog, 30)
+    drain(backlog)
+    pieces = backlog.settled_before()
+    read = [entry.record for entry in next(pieces)]
+    assert all(fill(backlog, 20, first=30))
+    read += [entry.record for piece in pieces for entry in piece]
+    assert read == full_records(30)[-len(read) :]
+
+
+def test_a_header_whose_first_byte_is_damaged_costs_no_record(make, root):
+    backlog = make()
+    fill(backlog, 2)
+    [path] = root.glob("*/0*.segment")
+    with path.open("r+b") as file:
+        file.write(b"x")
+    assert drain(backlog) == full_records(2)
+    assert backlog.damaged == 0

@@ -739,7 +739,7 @@ class Rows:
         return True
 
     def hold(self, captured):
-        pass
+        return True
 
     def release(self, row_id):
         pass
@@ -790,6 +790,39 @@ def test_what_the_parents_operation_had_taken_in_is_no_row_of_the_child(child, r
     gc.collect()
     operations.abandon()
     assert (len(operations), sink.submitted) == (0, [])
+
+
+def test_what_a_child_does_inside_its_parents_operation_is_a_row_of_its_own(child):
+    opened = []
+
+    def keep(operations, begin):
+        opened.append(begin)
+        return [begin(required=False)]
+
+    operations, sink, [outer] = child(keep)
+    inner = opened[0](required=False, parent=outer)
+    operations.end(inner)
+    [row] = sink.submitted
+    assert row.span_id == f"{inner.context.span_id:016x}"
+
+
+def test_a_failed_part_of_what_must_leave_a_row_is_one_too_where_it_is_shut_down_in_between():
+    selection, sink, tracer = Selection("*"), Rows(), TracerProvider(shutdown_on_exit=False).get_tracer("test")
+    operations = OpenOperations(selection.capture, sink)
+    outer = tracer.start_span("audit forget", attributes={"audit.action": "forget"})
+    begun = selection.capture(outer, operations.start(outer, "forget", NO_SCOPE, None))._replace(outcome="unknown")
+    operations.note_begun(outer, begun)
+    context = trace.set_span_in_context(outer)
+    failed = {"audit.action": "forget", "audit.outcome": "failure"}
+    inner = tracer.start_span("audit forget", context, attributes=failed)
+    operations.start(inner, "forget", NO_SCOPE, None)
+    operations.end(inner)
+    assert sink.submitted == []
+    operations.abandon()
+    assert [row.outcome for row in sink.submitted] == ["failure"]
+    outer.set_attribute("audit.outcome", "success")
+    operations.end(outer)
+    assert [row.outcome for row in sink.submitted][1:] == ["success"]
 
 
 def test_an_operation_that_the_parent_had_forgotten_is_no_row_of_the_child(child):

@@ -556,7 +556,7 @@ def test_a_file_that_got_no_header_is_not_there(spool, monkeypatch, now):
     monkeypatch.undo()
     now[0] += 1.0
     append(spool, 2)
-    assert [path.name for path in own(spool).glob("0*")] == ["000001.segment"]
+    assert [path.name for path in own(spool).glob("0*")] == ["000002.segment"]
     assert held(spool) == [full_record(1), full_record(2)]
 
 

@@ -17,7 +17,7 @@ from astrocyte_otel_audit.pipeline.directory import SpoolError
 from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
 from astrocyte_otel_audit.pipeline.handover import Handover
 from astrocyte_otel_audit.pipeline.segment import PROVISIONAL, RECORD, captured_frame
-from astrocyte_otel_audit.pipeline.spool import Spool
+from astrocyte_otel_audit.pipeline.spool import Spool, SpoolFullError
 from astrocyte_otel_audit.pipeline.writer import Writer
 from tests.records import full_captured, full_records
 from tests.support import MemoryStorage
@@ -325,3 +325,38 @@ def test_what_is_held_is_released_only_once_what_replaces_it_is_on_the_disk(make
     with mock.patch("os.write", failing()):
         backlog.hold(full_captured(2)._replace(replaces=full_captured(1).id))
     assert backlog.has_begun(full_captured(1).id)
+
+
+def test_a_line_that_can_neither_be_synced_nor_taken_back_costs_no_other(make):
+    spool = make(fsync="always", cleared_by_others=False)
+    backlog, append = backlog_of(spool)
+    append(0)
+    with mock.patch("os.fdatasync", failing()), mock.patch("os.ftruncate", failing(errno.EROFS)):
+        append(1)
+    assert spool.trouble == "it can't be synced"
+    append(2)
+    backlog.refill(100)
+    backlog.refill(100)
+    taken = backlog.take(100)
+    assert {entry.record.id for entry in taken} == {record.id for record in full_records(3)}
+    backlog.settle(taken)
+    assert (spool.in_memory, backlog.unsettled()) == (0, 0)
+
+
+def test_an_operation_that_must_leave_a_row_asks_a_disk_that_has_failed_again(handover, now):
+    it = handover(max_in_memory=1)
+    it.submit(full_captured(0))
+    with mock.patch("os.write", failing()):
+        it.submit(full_captured(1))
+    now[0] += 60.0
+    assert it.begin(full_captured(2))
+
+
+def test_there_is_no_room_where_it_is_full_and_the_disk_fails(make):
+    spool = make(max_bytes=8_000, cleared_by_others=False)
+    with mock.patch("os.write", failing()):
+        spool.append(row(0))
+    spool._fails, spool.bytes = True, 8_000
+    with pytest.raises(SpoolFullError):
+        spool.append(row(0))
+    assert not spool.has_room(1_024)

@@ -303,13 +303,90 @@ def test_an_operation_that_ends_while_another_is_being_written_comes_after_it(ma
     assert list(root.iterdir()) == []
 
 
+def test_a_thousand_operations_may_end_while_another_is_being_written(make, storage, root, interrupted):
+    writer = make(root=root, capacity=10_000)
+    interrupted(lambda: submit(writer, 1000, first=1))
+    assert submit(writer, 1) == [True]
+    assert writer.flush(PATIENCE)
+    assert len(stored(storage)) == 1001
+
+
+@pytest.mark.parametrize("what", ["begin", "hold", "flush", "tend"])
+def test_an_operation_may_end_while_something_else_is_being_written(make, storage, root, interrupted, what):
+    writer = make(root=root)
+    submit(writer, 1, first=5)
+    if what in ("flush", "tend"):  # there is a gap to be written
+        writer._spool._max_bytes = writer._spool.bytes
+        submit(writer, 1, first=6)
+        writer._spool._max_bytes = 10**9
+    interrupted(lambda: writer.submit(numbered(1, action="x" * 333)))
+    if what == "begin":
+        writer.begin(numbered(9))
+    elif what == "hold":
+        writer.hold(numbered(9))
+    elif what == "flush":
+        writer.flush(0.0)
+    else:
+        list(writer._backlog.tend(adopting=False))
+    writer.flush(PATIENCE)
+    for number in range(10, 15):
+        submit(writer, 1, first=number)
+        writer.flush(PATIENCE)
+    assert writer.stats()["damaged"] == 0
+    assert sorted(stored(storage)) == [1, 5, 10, 11, 12, 13, 14]
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_interrupt_while_an_operation_is_being_written_costs_no_other(make, storage, root, interrupted, is_first):
+    writer = make(root=root)
+    submit(writer, 0 if is_first else 1)
+    interrupted(raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        writer.submit(numbered(1, action="x" * 333))
+    assert submit(writer, 5, first=10) == [True] * 5
+    assert writer.flush(PATIENCE)
+    assert writer.stop(PATIENCE) == 0
+    assert stored(storage) == [0, 10, 11, 12, 13, 14][is_first:]
+
+
+def test_what_was_put_off_is_written_where_the_call_that_it_came_into_is_interrupted(make, storage, root, monkeypatch):
+    def write(descriptor, line):
+        monkeypatch.undo()
+        assert submit(writer, 1, first=1) == [True]
+        raise KeyboardInterrupt
+
+    writer = make(root=root)
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        submit(writer, 1)
+    assert writer.flush(PATIENCE)
+    assert writer.stop(PATIENCE) == 0
+    assert stored(storage) == [1]
+
+
+def test_while_one_caller_waits_for_room_others_wait_too(make, storage):
+    storage.before_append = gate = Gate()
+    writer = make(capacity=2, batch_size=2, block_seconds=0.2)
+    submit(writer, 2)
+    assert gate.reached.wait(PATIENCE)
+    with in_background(submit, writer, 1):
+        wait_until(lambda: writer._changed._waiters)
+        answers = submit(writer, 3, first=10)
+    gate.open()
+    assert (writer.stats()["accepted"], answers) == (2, [False] * 3)
+
+
 def test_nothing_begins_while_an_operation_is_being_written_and_what_is_to_be_held_is_afterwards(
     make, storage, root, interrupted
 ):
     writer = make(root=root)
     answers = interrupted(lambda: (writer.begin(numbered(8)), writer.hold(numbered(9)), writer.release("unknown")))
     assert submit(writer, 1) == [True]
-    assert answers == [(False, None, None)]
+    assert answers == [(False, True, None)]
     assert [writer._backlog.has_begun(numbered(number).id) for number in (8, 9)] == [False, True]
     writer.release(numbered(9).id)
     assert writer.stop(PATIENCE) == 0
@@ -1416,13 +1493,22 @@ def test_a_flush_after_the_stop_is_true_where_all_was_written(make):
     assert writer.flush(PATIENCE)
 
 
-def test_a_stop_drains_whatever_its_thread_holds(make, storage):
-    writer = make()
+def test_a_stop_in_a_signals_handler_drains_when_the_call_ends_that_was_interrupted(make, storage, root, interrupted):
+    writer = make(root=root)
     submit(writer, 3)
-    with writer._changed:  # as a signal's handler that has interrupted `submit`
-        assert writer.stop(PATIENCE) == 0
-    assert stored(storage) == [0, 1, 2]
+    interrupted(lambda: (writer.flush(PATIENCE), writer.stop(PATIENCE)))
+    assert submit(writer, 1, first=3) == [True]
+    assert stored(storage) == [0, 1, 2, 3]
     assert storage.closed
+    assert list(root.iterdir()) == []
+
+
+def test_a_flush_in_a_signals_handler_that_interrupts_a_call_knows_nothing(make, root, interrupted):
+    writer = make(root=root)
+    answers = interrupted(lambda: writer.flush(PATIENCE))
+    submit(writer, 1)
+    assert answers == [False]
+    assert writer.flush(PATIENCE)
 
 
 def test_a_stop_by_the_writers_own_thread_does_not_wait_for_itself(make, storage):
