@@ -71,6 +71,10 @@ class _Patience:
         self._is_stuck = False
         connection.wait = self.wait  # type: ignore[method-assign]
 
+    def end(self) -> None:
+        """Let the connection wait for itself again."""
+        self._connection.__dict__.pop("wait", None)  # which refers to this, and this to it
+
     def wait(self, gen: Any, *arguments: Any, **keywords: Any) -> Any:
         """Wait for one answer; raises DatabaseUnavailableError where it takes too long."""
         connection = self._connection
@@ -180,15 +184,17 @@ class OwnConnection:
     def after_fork(self) -> None:
         """Drop the parent's connection without a word to its server; psycopg closes it in its own process only."""
         self._lock = threading.Lock()
-        connection, self._connection, self._patience = self._connection, None, None
-        if connection is not None:
-            connection.__dict__.pop("wait", None)
+        patience, self._connection, self._patience = self._patience, None, None
+        if patience is not None:
+            patience.end()
 
     def _discard(self) -> None:
-        connection, self._connection, self._patience = self._connection, None, None
+        connection, patience = self._connection, self._patience
+        self._connection = self._patience = None
         if connection is not None:
             connection.close()
-            connection.__dict__.pop("wait", None)  # which refers to it in turn
+        if patience is not None:
+            patience.end()
 
 
 class PooledConnections:
@@ -214,10 +220,7 @@ class PooledConnections:
             self.database = "pool"  # which connects by a coroutine of the application's own
 
     @contextmanager
-    def connection(
-        self,
-        answer_seconds: float | None = None,  # noqa: ARG002 - the pool's are as they are
-    ) -> Iterator[psycopg.Connection[Any]]:
+    def connection(self, answer_seconds: float | None = None) -> Iterator[psycopg.Connection[Any]]:
         """Lend a connection of the pool.
 
         Raises:
@@ -231,12 +234,15 @@ class PooledConnections:
         with self._pool.connection() as connection:
             lent_with = connection.autocommit
             connection.autocommit = True
+            patience = _Patience(connection)
+            patience.answer_seconds = answer_seconds
             try:
                 yield connection
             except psycopg.errors.ReadOnlySqlTransaction:
                 connection.close()  # as with one of our own; the pool makes another
                 raise
             finally:
+                patience.end()
                 if connection.info.transaction_status is TransactionStatus.IDLE:  # else the pool makes another
                     connection.autocommit = lent_with
 

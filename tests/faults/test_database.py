@@ -12,6 +12,7 @@ import time
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from psycopg_pool import ConnectionPool
 
 from astrocyte_otel_audit import audit_operation
 from tests.faults.proxy import Proxy, can_drop_packets
@@ -113,15 +114,22 @@ def serve(audit, provider, tmp_path):
     """Starts an application."""
     started = []
 
-    def serve(dsn, **settings):
+    def serve(dsn=None, **settings):
         settings = {"spool_dir": tmp_path / "spool", "max_export_batch_size": 64, **settings}
-        processor = audit(dsn=dsn, **settings)
+        processor = audit(**settings) if dsn is None else audit(dsn=dsn, **settings)
         started.append(Application(provider, processor))
         return started[-1]
 
     yield serve
     for application in started:
         application.stop()
+
+
+@pytest.fixture
+def lent_pool():
+    """Makes a pool of the application's own."""
+    with contextlib.ExitStack() as pools:
+        yield lambda dsn: pools.enter_context(ConnectionPool(dsn, min_size=1, max_size=2, timeout=5.0))
 
 
 def by_way_of(proxy, server, **parameters):
@@ -222,8 +230,11 @@ def test_answers_that_come_late(server, proxy, serve):
     application.assert_each_operation_is_one_row_of(server)
 
 
-def test_answers_that_never_come(server, proxy, serve, caplog):
-    application = serve(by_way_of(proxy, server), export_timeout_millis=1000)
+@pytest.mark.parametrize("lends_pool", [False, True])
+def test_answers_that_never_come(server, proxy, serve, lent_pool, caplog, lends_pool):
+    dsn = by_way_of(proxy, server)
+    source = {"pool": lent_pool(dsn)} if lends_pool else {"dsn": dsn}
+    application = serve(**source, export_timeout_millis=1000)
     application.assert_is_audited()
     proxy.swallow_answers()
     application.assert_goes_on_without_postgres()
