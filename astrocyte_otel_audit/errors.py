@@ -17,6 +17,7 @@ class ConfigurationError(AuditError, ValueError):
 
     def __init__(self, source: str, problem: str) -> None:
         self.source = source
+        self.problem = problem
         super().__init__(f"{source}: {problem}")
 
 

@@ -18,6 +18,8 @@ PREFIX: Final = "OTEL_ASTROCYTE_AUDIT_"
 DEFAULT_TABLE: Final = "astrocyte_audit_log"
 DEFAULT_SCHEMA: Final = "public"
 DEFAULT_ROLE_PREFIX: Final = "astrocyte_audit"
+#: In place of a number of days.
+FOREVER: Final = "forever"
 
 #: Postgres cuts names at 63 bytes; the longest name derived from the table's has 19 more than it.
 _MAX_TABLE_NAME = 44
@@ -69,11 +71,11 @@ def identifier(value: object, source: str, *, longest: int = 63) -> str:
     if not isinstance(value, str) or not _IDENTIFIER.fullmatch(value) or len(value) > longest:
         raise ConfigurationError(
             source,
-            f"got {_shown(value)}; accepted is a name of 1 to {longest} letters, digits, '_', '$' or '-', "
+            f"got {shown(value)}; accepted is a name of 1 to {longest} letters, digits, '_', '$' or '-', "
             "beginning with a letter or '_' (case counts, as names are quoted)",
         )
     if value.lower().startswith("pg_") or value.lower() == "information_schema":
-        raise ConfigurationError(source, f"got {_shown(value)}; names that begin with pg_ belong to Postgres")
+        raise ConfigurationError(source, f"got {shown(value)}; names that begin with pg_ belong to Postgres")
     return value
 
 
@@ -116,28 +118,64 @@ def actions(value: object, source: str) -> tuple[str, ...]:
         return ("*",)
     accepted = "accepted is a list of actions or globs, such as ['retain', 'recall.*'], or '*' for all"
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise ConfigurationError(source, f"got {_shown(value)}; {accepted}")
+        raise ConfigurationError(source, f"got {shown(value)}; {accepted}")
     members = tuple(value)
     for member in members:
         if not isinstance(member, str) or not member.strip():
-            raise ConfigurationError(source, f"holds {_shown(member)}; {accepted}")
+            raise ConfigurationError(source, f"holds {shown(member)}; {accepted}")
     return members
 
 
 def _name(value: object, source: str) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_.:/-]{1,64}", value):
-        raise ConfigurationError(
-            source, f"got {_shown(value)}; accepted is a name of up to 64 of A-Z a-z 0-9 _ . : / -"
-        )
+        raise ConfigurationError(source, f"got {shown(value)}; accepted is a name of up to 64 of A-Z a-z 0-9 _ . : / -")
     return value
 
 
 def _mappings(value: object, source: str) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise ConfigurationError(
-            source, f"got {_shown(value)}; accepted is a list of SpanMapping or preset names, such as ['astrocyte']"
+            source, f"got {shown(value)}; accepted is a list of SpanMapping or preset names, such as ['astrocyte']"
         )
     return tuple(value)
+
+
+def _days(value: object, source: str) -> int | str:
+    if value != FOREVER and (type(value) is not int or value < 1):
+        raise ConfigurationError(source, f"got {shown(value)}; accepted is a whole number of days, or {FOREVER!r}")
+    return value
+
+
+def _days_by_name(value: object, source: str) -> dict[str, int | None]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value):
+        raise ConfigurationError(
+            source,
+            "not days by name; accepted is recall=30,forget=forever in a variable, and {'recall': 30, 'forget': None} "
+            "as an argument",
+        )
+    given = ((name, None if days == FOREVER else days) for name, days in value.items())
+    return {name: None if days is None else positive_int(days, source) for name, days in given}
+
+
+def _parse_days(text: str) -> int | str:
+    return text if text == FOREVER else int(text)
+
+
+def _parse_by_name(text: str) -> dict[str, int | str]:
+    parted = [member.rpartition("=") for member in _comma_list(text)]
+    found = {name.strip(): _parse_days(days.strip()) for name, _, days in parted}
+    if len(found) < len(parted):
+        raise ValueError  # which of them is meant?
+    return found
+
+
+def _minimum(value: object, source: str) -> int | str:
+    # Which rules there are is the policy's to know.
+    return _name(value, source) if isinstance(value, str) else positive_int(value, source)
+
+
+def _parse_minimum(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _comma_list(text: str) -> list[str] | str:
@@ -148,7 +186,7 @@ def _spool_dir(value: object, source: str) -> Path | Literal[False]:
     if value is False:
         return False
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise ConfigurationError(source, f"got {_shown(value)}; accepted is a directory, or False for no spool")
+        raise ConfigurationError(source, f"got {shown(value)}; accepted is a directory, or False for no spool")
     return Path(os.fspath(value)).expanduser().absolute()
 
 
@@ -170,7 +208,7 @@ def one_of(*words: str) -> Callable[[object, str], str]:
 
     def accept(value: object, source: str) -> str:
         if not isinstance(value, str) or value not in words:
-            raise ConfigurationError(source, f"got {_shown(value)}; accepted is {', '.join(words[:-1])} or {words[-1]}")
+            raise ConfigurationError(source, f"got {shown(value)}; accepted is {', '.join(words[:-1])} or {words[-1]}")
         return value
 
     return accept
@@ -179,27 +217,28 @@ def one_of(*words: str) -> Callable[[object, str], str]:
 def positive_int(value: object, source: str) -> int:
     """Return a whole number of at least 1, or raise `ConfigurationError`."""
     if type(value) is not int or value < 1:
-        raise ConfigurationError(source, f"got {_shown(value)}; accepted is a whole number of at least 1")
+        raise ConfigurationError(source, f"got {shown(value)}; accepted is a whole number of at least 1")
     return value
 
 
 def positive_number(value: object, source: str) -> float:
     """Return a number above 0 that Postgres and a thread can wait for, or raise `ConfigurationError`."""
     if type(value) not in (int, float) or not 0 < value <= _MAX_MILLIS:  # type: ignore[operator]
-        raise ConfigurationError(source, f"got {_shown(value)}; accepted is a number above 0, at most {_MAX_MILLIS}")
+        raise ConfigurationError(source, f"got {shown(value)}; accepted is a number above 0, at most {_MAX_MILLIS}")
     return float(value)  # type: ignore[arg-type]
 
 
-def _not_negative(value: object, source: str) -> float:
+def not_negative(value: object, source: str) -> float:
+    """Return a number of seconds up to a day, or raise `ConfigurationError`."""
     if type(value) not in (int, float) or not 0 <= value <= 86_400:  # type: ignore[operator]
-        raise ConfigurationError(source, f"got {_shown(value)}; accepted is a number of seconds from 0 to 86400")
+        raise ConfigurationError(source, f"got {shown(value)}; accepted is a number of seconds from 0 to 86400")
     return float(value)  # type: ignore[arg-type]
 
 
 def boolean(value: object, source: str) -> bool:
     """Return a boolean, or raise `ConfigurationError`."""
     if type(value) is not bool:
-        raise ConfigurationError(source, f"got {_shown(value)}; accepted is true or false")
+        raise ConfigurationError(source, f"got {shown(value)}; accepted is true or false")
     return value
 
 
@@ -210,8 +249,8 @@ def _parse_boolean(text: str) -> bool:
     return words[text.lower()]
 
 
-def _shown(value: object) -> str:
-    """A value as an error may show it: by its type where it is no name or number, never long, never a password."""
+def shown(value: object) -> str:
+    """Return a value as an error may show it: by its type where it is no name or number, short, never a password."""
     if isinstance(value, str) and ("://" in value or "=" in value):
         return "what looks like a connection string"
     if not isinstance(value, (str, int, float)) or (isinstance(value, int) and value.bit_length() > 256):
@@ -264,7 +303,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
         _setting(
             "spool_keep_seconds",
             0.0,
-            _not_negative,
+            not_negative,
             "Seconds that a part of the spool stays after it is in the table, to be written again after a failover.",
             float,
         ),
@@ -308,6 +347,15 @@ SETTINGS: Final[Mapping[str, Setting]] = {
             float,
             "OTEL_BSP_EXPORT_TIMEOUT",
         ),
+        _setting("retention_days", None, _days, "Days that records are kept, or 'forever'.", _parse_days),
+        _setting("retention_actions", {}, _days_by_name, "Days by action: recall=30,forget=forever.", _parse_by_name),
+        _setting("retention_banks", {}, _days_by_name, "Days by bank: user-calvin=30.", _parse_by_name),
+        _setting("retention_minimum_days", None, _minimum, "A floor: days, or a rule such as hipaa.", _parse_minimum),
+        _setting("retention_interval_seconds", 3_600.0, positive_number, "Seconds from one run to the next.", float),
+        _setting("retention_jitter_seconds", 300.0, not_negative, "Seconds within which the first run comes.", float),
+        _setting("retention_batch_size", 500, positive_int, "Rows that one transaction deletes.", int),
+        _setting("retention_budget_seconds", 600.0, positive_number, "Seconds that one run may take.", float),
+        _setting("retention_dsn", None, _dsn, "A connection string of the sweeper's role; else the writer's is taken."),
     )
 }
 

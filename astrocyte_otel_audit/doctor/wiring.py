@@ -58,6 +58,7 @@ def check_wiring(examination: Examination) -> Iterator[Finding]:
         processor = configure_audit(
             tracer_provider=provider, create_provider=False, storage=storage, actions=actions,
             schema=examination.value("schema"), table=examination.value("table"), spool_dir=False, writer="thread",
+            retention=False,
         )  # fmt: skip
         yield _emit(action, provider, processor, storage, examination.timeout_seconds)
     finally:

@@ -25,9 +25,9 @@ class Roles(NamedTuple):
 
     #: INSERT, on the table and on its side table.
     writer: str
-    #: SELECT on both.
+    #: SELECT on both, and on the holds.
     reader: str
-    #: SELECT and DELETE on both.
+    #: SELECT and DELETE on both, and SELECT on the holds.
     sweeper: str
 
     @classmethod
@@ -51,8 +51,8 @@ def grant_roles(
 ) -> Roles:
     """Make the roles that are missing, and give each its rights on one schema's table, in one transaction.
 
-    Whatever else they, or PUBLIC, could do with the table and its side tables is revoked. Safe to repeat; any number
-    of processes may call it at once, of different databases too, since roles are the server's.
+    Whatever else they, or PUBLIC, could do with the table, its partitions and its side tables is revoked. Safe to
+    repeat; any number of processes may call it at once, of different databases too, since roles are the server's.
 
     Args:
         connection: not inside a transaction; as the owner of the tables, and of their schema unless PUBLIC may use it;
@@ -68,12 +68,15 @@ def grant_roles(
     """
     roles = Roles.named(role_prefix)
     with alone_in(connection, schema, lock_timeout_seconds) as cursor:
-        there, grants, differences = (
-            statement(name, schema, table, **roles._asdict()) for name in ("roles_there", "grant_roles", "roles_differ")
+        there, partitions, grants, differences = (
+            statement(name, schema, table, **roles._asdict())
+            for name in ("roles_there", "roles_partitions", "grant_roles", "roles_differ")
         )
         _make(connection, cursor, there, roles)
         try:
             cursor.execute(grants)
+            for partition in cursor.execute(partitions).fetchall():
+                cursor.execute(statement("revoke_partition", *partition, **roles._asdict()))
         except psycopg.errors.InsufficientPrivilege:
             raise RolesError(
                 "the roles can't be given their rights: repeat this as the owner of the tables and their schema"

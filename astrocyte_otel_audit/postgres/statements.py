@@ -31,13 +31,15 @@ def _text(name: str) -> str:
 
 def _names(schema: str, table: str) -> dict[str, sql.Composable]:
     names: dict[str, sql.Composable] = {"schema": sql.Identifier(schema), "schema_name": sql.Literal(schema)}
-    for relation, suffix in (("log", ""), ("set_aside", "_set_aside"), ("migrations", "_migrations")):
-        names[relation] = sql.Identifier(schema, table + suffix)
+    for relation in ("log", "set_aside", "migrations", "holds"):
+        names[relation] = sql.Identifier(schema, table if relation == "log" else f"{table}_{relation}")
         # The same as a text, for functions that look it up.
         names[f"{relation}_name"] = sql.Literal(names[relation].as_string(None))
     # An index lives in its table's schema; for the default table the names are upstream's own.
     for index in ("bank_started_idx", "action_started_idx", "started_idx", "trace_idx", "recorded_idx"):
         names[index] = sql.Identifier(f"{table}_{index}")
+    # A condition that several statements share.
+    names["kept"] = sql.SQL(_text("retention/kept")).format(holds=names["holds"])
     return names
 
 

@@ -192,6 +192,12 @@ TRIGGER = "CREATE TRIGGER {} BEFORE {} ON astrocyte_audit_log FOR EACH ROW EXECU
         ),
         ([f"DELETE FROM {LOG}_migrations WHERE version = 2"], "migrations", "failed", "not applied: 002_trace"),
         ([f"DROP TABLE {LOG}_migrations"], "migrations", "failed", "001_log, 002_trace, 003_set_aside"),
+        (
+            [f"DELETE FROM {LOG}_migrations WHERE version = 4", f"DROP TABLE {LOG}_holds"],
+            "migrations",
+            "warning",
+            "004_holds; records are written, and can't be held or swept",
+        ),
         ([f"ALTER TABLE {LOG} ADD CHECK (action <> 'audit.canary')"], "canary", "failed", "a constraint of the table"),
         (
             [FUNCTION.format("f", "RETURN NULL;"), TRIGGER.format("f", "INSERT", "f")],

@@ -18,7 +18,7 @@ from astrocyte_otel_audit.postgres.migrate import _lock_key
 from tests.records import BASE, full_record
 from tests.servers import emptied, new_database, role
 
-MIGRATIONS = ["001_log", "002_trace", "003_set_aside"]
+MIGRATIONS = ["001_log", "002_trace", "003_set_aside", "004_holds"]
 #: What Astrocyte's migration 023 creates.
 UPSTREAM = """
     CREATE TABLE {log} (

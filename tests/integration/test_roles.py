@@ -13,15 +13,21 @@ from psycopg.conninfo import conninfo_to_dict
 from astrocyte_otel_audit import ConfigurationError, audit_operation, cli, settings
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.postgres import AuditTable, OwnConnection, Roles, RolesError
+from astrocyte_otel_audit.postgres.holds import AuditHolds
 from astrocyte_otel_audit.postgres.migrate import _lock_key
 from astrocyte_otel_audit.postgres.roles import grant_roles
 from tests.records import full_record, full_records
 from tests.servers import drop_roles, emptied_and_migrated, new_database, role, role_prefix
 
-LOG, SET_ASIDE, MIGRATIONS = (f"astrocyte_audit_log{suffix}" for suffix in ("", "_set_aside", "_migrations"))
+RELATIONS = LOG, SET_ASIDE, MIGRATIONS, HOLDS = tuple(
+    f"astrocyte_audit_log{suffix}" for suffix in ("", "_set_aside", "_migrations", "_holds")
+)
 PRIVILEGES = ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER"]
 #: By the kind of role: what it may do with the table and with its side table.
 RIGHTS = {"writer": ["INSERT"], "reader": ["SELECT"], "sweeper": ["SELECT", "DELETE"]}
+#: The same with the holds.
+HOLDS_RIGHTS = {"writer": [], "reader": ["SELECT"], "sweeper": ["SELECT"]}
+NO_RIGHTS = {relation: [] for relation in RELATIONS}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def rights(connection, name, schema="public"):
     """Return, by table, all that a role may do with it, with any column of it."""
     version = connection.info.server_version
     found = {}
-    for relation in (LOG, SET_ASIDE, MIGRATIONS):
+    for relation in RELATIONS:
         regclass = sql.Identifier(schema, relation).as_string(None)
         found[relation] = [
             privilege
@@ -100,7 +106,7 @@ def rights(connection, name, schema="public"):
 
 
 def expected(kind):
-    return {LOG: RIGHTS[kind], SET_ASIDE: RIGHTS[kind], MIGRATIONS: []}
+    return {LOG: RIGHTS[kind], SET_ASIDE: RIGHTS[kind], MIGRATIONS: [], HOLDS: HOLDS_RIGHTS[kind]}
 
 
 def assert_exact(connection, roles, schema="public"):
@@ -117,6 +123,18 @@ def refused(dsn, *statements):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 connection.execute(statement)
     return True
+
+
+def partitioned(connection):
+    """Put a partitioned table in place of the log."""
+    connection.execute(f"""
+        ALTER TABLE {LOG} RENAME TO {LOG}_before;
+        CREATE TABLE {LOG} (LIKE {LOG}_before INCLUDING DEFAULTS, PRIMARY KEY (started_at, id))
+            PARTITION BY RANGE (started_at);
+        CREATE TABLE {LOG}_2026 PARTITION OF {LOG} FOR VALUES FROM ('2026-01-01') TO ('2027-01-01');
+        CREATE TABLE {LOG}_default PARTITION OF {LOG} DEFAULT;
+        DROP TABLE {LOG}_before
+    """)
 
 
 def rows(connection, relation=LOG):
@@ -189,6 +207,7 @@ def test_a_whole_pipeline_writes_as_the_writer_and_can_change_nothing(
                 f"ALTER TABLE {relation} DISABLE TRIGGER ALL",
             )
         assert refused(dsn, f"SELECT * FROM {MIGRATIONS}", f"INSERT INTO {MIGRATIONS} VALUES (9, 'x')")
+        assert refused(dsn, f"SELECT * FROM {HOLDS}", f"INSERT INTO {HOLDS} (bank_id, reason) VALUES ('a', 'b')")
 
 
 def test_a_writer_that_writes_a_record_twice_keeps_the_first(table, database, connection, prefix):
@@ -242,9 +261,63 @@ def test_the_sweeper_deletes_what_is_old_and_can_write_nothing(table, database, 
             assert read.check().sqlstate == "42501"
 
 
+@pytest.mark.parametrize("kind", ["reader", "sweeper"])
+def test_who_reads_or_sweeps_sees_the_holds_and_can_neither_add_nor_release_one(
+    table, database, connection, prefix, kind
+):
+    roles = table.grant_roles(role_prefix=prefix)
+    owners = AuditHolds(OwnConnection(database))
+    kept = owners.add(bank_id="user-calvin", reason="case 7")
+    with role(database, member_of(getattr(roles, kind))) as dsn:
+        holds = AuditHolds(OwnConnection(dsn))
+        assert holds.list() == [kept]
+        for change in (lambda: holds.release(kept.id), lambda: holds.add(bank_id="b", reason="mine")):
+            with pytest.raises(DatabaseUnavailableError, match="added and released by the table's owner"):
+                change()
+        assert refused(
+            dsn,
+            f"UPDATE {HOLDS} SET released_at = now()",
+            f"DELETE FROM {HOLDS}",
+            f"TRUNCATE {HOLDS}",
+            f"ALTER TABLE {HOLDS} DISABLE TRIGGER ALL",
+        )
+        holds.close()
+    assert owners.list() == [kept]
+    owners.close()
+
+
+def test_of_a_partitioned_table_the_partitions_can_only_be_reached_by_way_of_it(table, database, connection, prefix):
+    partitioned(connection)
+    for name in (f"{LOG}_2026", f"{LOG}_default"):
+        connection.execute(f"GRANT ALL ON {name} TO PUBLIC")
+    roles = table.grant_roles(role_prefix=prefix)
+
+    assert_exact(connection, roles)
+    with role(database, member_of(roles.sweeper)) as dsn, psycopg.connect(dsn, autocommit=True) as sweeping:
+        table.append([full_record(0), full_record(1)])
+        assert sweeping.execute(f"DELETE FROM {LOG} WHERE bank_id = 'bank-0'").rowcount == 1
+        assert refused(dsn, f"DELETE FROM {LOG}_2026", f"SELECT FROM {LOG}_2026", f"DROP TABLE {LOG}_2026")
+    with role(database, member_of(roles.writer)) as dsn, opened(dsn) as written:
+        assert written.append([full_record(2)]).stored == 1
+        assert refused(dsn, f"UPDATE {LOG}_2026 SET action = 'x'", f"TRUNCATE {LOG}_2026", f"SELECT FROM {LOG}_2026")
+
+
+def test_a_right_on_a_partition_that_can_not_be_revoked_is_told(table, database, connection, prefix):
+    partitioned(connection)
+    roles = table.grant_roles(role_prefix=prefix)
+    with role(database) as other, psycopg.connect(other, autocommit=True) as third:
+        execute(connection, "GRANT UPDATE ON {} TO {} WITH GRANT OPTION", f"{LOG}_2026", user_of(other))
+        execute(third, "GRANT UPDATE ON {} TO {}", f"{LOG}_2026", roles.writer)
+
+        with pytest.raises(RolesError, match=f'^"{roles.writer}" may also UPDATE {LOG}_2026'):
+            table.grant_roles(role_prefix=prefix)
+
+        execute(third, "REVOKE UPDATE ON {} FROM {}", f"{LOG}_2026", roles.writer)
+
+
 def test_rights_that_were_granted_before_are_revoked(table, connection, prefix):
     roles = table.grant_roles(role_prefix=prefix)
-    for relation in (LOG, SET_ASIDE, MIGRATIONS):
+    for relation in RELATIONS:
         for name in roles:
             execute(connection, "GRANT ALL ON {} TO {} WITH GRANT OPTION", relation, name)
         connection.execute(f"GRANT ALL ON {relation} TO PUBLIC")
@@ -318,7 +391,7 @@ def test_tenants_share_the_roles(table, database, connection, prefix):
         table.migrate(schema, create_schema=True)
     roles = table.grant_roles(role_prefix=prefix)
 
-    assert rights(connection, roles.writer, "tenant_a") == {LOG: [], SET_ASIDE: [], MIGRATIONS: []}
+    assert rights(connection, roles.writer, "tenant_a") == NO_RIGHTS
     for schema in ("tenant_a", 'te"nant; --'):
         assert table.grant_roles(schema, role_prefix=prefix) == roles
 
@@ -335,7 +408,7 @@ def test_a_tenant_may_have_roles_of_its_own(table, connection, prefix):
     roles = table.grant_roles("tenant_a", role_prefix=f"{prefix}-a")
 
     assert_exact(connection, roles, "tenant_a")
-    assert rights(connection, roles.reader) == {LOG: [], SET_ASIDE: [], MIGRATIONS: []}
+    assert rights(connection, roles.reader) == NO_RIGHTS
 
 
 ONE_OF_MANY = """
@@ -422,7 +495,7 @@ def operator(connection, database, *grants):
     """Make a role that may log in, owns the tables and is no superuser; give its name and its DSN."""
     with role(database, "CREATE ON SCHEMA public", *grants) as dsn:
         name = user_of(dsn)
-        for relation in (LOG, SET_ASIDE, MIGRATIONS):
+        for relation in RELATIONS:
             execute(connection, "ALTER TABLE {} OWNER TO {}", relation, name)
         yield name, dsn
 
@@ -465,7 +538,7 @@ def test_who_does_not_own_the_table_is_told_who_has_to(table, database, connecti
         execute(connection, "ALTER ROLE {} CREATEROLE", user_of(stranger))
         for grant in (None, "INSERT", "SELECT"):  # of whom may do something, Postgres only warns
             if grant:
-                execute(connection, f"GRANT {grant} ON {LOG}, {SET_ASIDE}, {MIGRATIONS} TO {{}}", user_of(stranger))
+                execute(connection, f"GRANT {grant} ON {', '.join(RELATIONS)} TO {{}}", user_of(stranger))
             with opened(stranger) as strange, pytest.raises(RolesError, match="as the owner of the tables and their"):
                 strange.grant_roles(role_prefix=prefix)
 

@@ -44,6 +44,18 @@ GOOD = [
     ("max_export_batch_size", 10**9, "1", 10**9, 1),
     ("schedule_delay_millis", 5, "0.5", 5.0, 0.5),
     ("export_timeout_millis", 0.1, "1e3", 0.1, 1000.0),
+    ("retention_days", 30, "forever", 30, "forever"),
+    ("retention_days", "forever", "2192", "forever", 2192),
+    ("retention_actions", {"a": 1, "b": None}, "recall=30, x=forever", {"a": 1, "b": None}, {"recall": 30, "x": None}),
+    ("retention_actions", {"a": "forever"}, "a=1", {"a": None}, {"a": 1}),
+    ("retention_banks", {"a": 1}, "b=c=2,", {"a": 1}, {"b=c": 2}),
+    ("retention_minimum_days", 30, "hipaa", 30, "hipaa"),
+    ("retention_minimum_days", "eu-ai-act", "184", "eu-ai-act", 184),
+    ("retention_interval_seconds", 60, "0.5", 60.0, 0.5),
+    ("retention_jitter_seconds", 0, "300", 0.0, 300.0),
+    ("retention_batch_size", 1, "5000", 1, 5000),
+    ("retention_budget_seconds", 5, "0.5", 5.0, 0.5),
+    ("retention_dsn", "postgresql://a/b", "host=c dbname=d", "postgresql://a/b", "host=c dbname=d"),
 ]
 
 #: A setting, the standard variable that it falls back to.
@@ -81,6 +93,15 @@ BAD_ARGUMENTS = [
     *(("max_export_batch_size", value) for value in BAD_COUNTS),
     *(("schedule_delay_millis", value) for value in BAD_NUMBERS),
     *(("export_timeout_millis", value) for value in BAD_NUMBERS),
+    *(("retention_days", value) for value in [*BAD_COUNTS, "never"]),
+    *((name, {"a": value}) for name in ("retention_actions", "retention_banks") for value in BAD_COUNTS),
+    *(("retention_actions", value) for value in ["", "a=1", [("a", 1)], {"": 1}, {1: 1}, 5, Foreign()]),
+    *(("retention_minimum_days", value) for value in [0, -1, True, 1.0, "", "a b", "x" * 65, ["hipaa"], Foreign()]),
+    *(("retention_interval_seconds", value) for value in BAD_NUMBERS),
+    *(("retention_jitter_seconds", value) for value in BAD_SECONDS),
+    *(("retention_batch_size", value) for value in BAD_COUNTS),
+    *(("retention_budget_seconds", value) for value in BAD_NUMBERS),
+    *(("retention_dsn", value) for value in ["", "  ", b"host=a", 5, ["host=a"], Foreign()]),
 ]
 
 #: A setting and a variable's text that it refuses.
@@ -99,6 +120,12 @@ BAD_TEXTS = [
     *(("max_export_batch_size", text) for text in ["many", "0"]),
     *(("schedule_delay_millis", text) for text in ["soon", "0", "-1", "nan", "inf"]),
     *(("export_timeout_millis", text) for text in ["soon", "2147483648", "5s"]),
+    *(("retention_days", text) for text in ["soon", "0", "-1", "1.5", "30d", "Forever"]),
+    *(("retention_minimum_days", text) for text in ["0", "six years", "x" * 65]),
+    *(("retention_interval_seconds", text) for text in ["hourly", "0"]),
+    *(("retention_jitter_seconds", text) for text in ["some", "-1"]),
+    *(("retention_batch_size", text) for text in ["many", "0"]),
+    *(("retention_budget_seconds", text) for text in ["long", "0"]),
 ]
 
 
@@ -230,6 +257,20 @@ class TestActions:
         assert set(SETTINGS["actions"].resolve(None, {variable("actions"): text})) <= {"retain"}
 
 
+class TestDaysByName:
+    @pytest.mark.parametrize("name", ["retention_actions", "retention_banks"])
+    @pytest.mark.parametrize("text", ["*", "recall", "recall=", "recall=soon", "=30", "a=1,a=2", "30"])
+    def test_a_text_that_is_none_is_refused_with_an_example(self, name, text):
+        with pytest.raises(ConfigurationError) as refused:
+            SETTINGS[name].resolve(None, {variable(name): text})
+        assert refused.value.source == variable(name)
+        assert "accepted is recall=30,forget=forever in a variable" in str(refused.value)
+
+    def test_no_days_are_refused_too(self):
+        with pytest.raises(ConfigurationError, match="got 0; accepted is a whole number of at least 1"):
+            SETTINGS["retention_banks"].resolve(None, {variable("retention_banks"): "a=0"})
+
+
 class TestIdentifiers:
     @pytest.mark.parametrize("name", ["public", "Tenant_A", "_x", "tenant-42", "a$b", "x", "x" * 63, "pgx", "mypg_"])
     def test_a_schema_may_be_any_plain_name(self, name):
@@ -257,7 +298,7 @@ class TestErrors:
         error = ConfigurationError("table", "too long")
         assert isinstance(error, AuditError)
         assert isinstance(error, ValueError)
-        assert (str(error), error.source) == ("table: too long", "table")
+        assert (str(error), error.source, error.problem) == ("table: too long", "table", "too long")
 
     def test_an_unavailable_database_says_its_sqlstate_where_it_has_one(self):
         assert str(DatabaseUnavailableError("the server is shutting down", "57P01")) == (

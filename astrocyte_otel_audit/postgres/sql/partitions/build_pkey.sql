@@ -1,0 +1,1 @@
+CREATE UNIQUE INDEX CONCURRENTLY {index} ON {log} (started_at, id)

@@ -1,0 +1,1 @@
+ALTER TABLE {schema}.{partition} DROP CONSTRAINT {pkey}

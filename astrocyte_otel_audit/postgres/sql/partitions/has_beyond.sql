@@ -1,0 +1,1 @@
+SELECT EXISTS (SELECT FROM {log} WHERE started_at >= {boundary_name})

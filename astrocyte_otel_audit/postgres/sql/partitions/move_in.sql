@@ -1,0 +1,1 @@
+INSERT INTO {log} SELECT * FROM pg_temp.astrocyte_audit_moved

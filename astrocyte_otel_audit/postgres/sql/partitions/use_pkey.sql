@@ -1,0 +1,1 @@
+ALTER TABLE {schema}.{partition} ADD CONSTRAINT {index} PRIMARY KEY USING INDEX {index}

@@ -1,0 +1,1 @@
+SELECT max(started_at) FROM {log} WHERE action = %(action)s

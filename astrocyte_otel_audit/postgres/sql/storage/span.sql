@@ -1,0 +1,1 @@
+SELECT min(started_at), max(started_at), clock_timestamp() FROM {log}
