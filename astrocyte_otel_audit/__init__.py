@@ -16,6 +16,7 @@ __all__ = [
     "AuditUnavailableError",
     "ConfigurationError",
     "Normalizer",
+    "RetentionPolicy",
     "SpanMapping",
     "__version__",
     "audit_operation",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from astrocyte_otel_audit.normalize import Normalizer
     from astrocyte_otel_audit.pipeline import AuditSampler, AuditSpanExporter, AuditSpanProcessor, SpanMapping
     from astrocyte_otel_audit.record import AuditRecord
+    from astrocyte_otel_audit.retention import RetentionPolicy
 else:
     # Each name is imported when it is first asked for (PEP 562): code that only decorates loads neither the
     # OpenTelemetry SDK nor psycopg. Out of a type checker's sight, to which every name would be there.
@@ -45,6 +47,7 @@ else:
         "normalize": ("Normalizer",),
         "pipeline": ("AuditSampler", "AuditSpanExporter", "AuditSpanProcessor", "SpanMapping"),
         "record": ("AuditRecord",),
+        "retention": ("RetentionPolicy",),
     }
 
     def __getattr__(name: str) -> Any:

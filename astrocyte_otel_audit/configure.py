@@ -21,6 +21,7 @@ from astrocyte_otel_audit.pipeline import AuditSampler, AuditSpanExporter, Audit
 from astrocyte_otel_audit.pipeline.exporter import Elsewhere
 from astrocyte_otel_audit.pipeline.spool import Fsync
 from astrocyte_otel_audit.postgres import dsn_of_pool
+from astrocyte_otel_audit.retention import Retention, resolve_retention
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ def configure_audit(
     schema: str | Callable[[], str] | None = None,
     table: str | None = None,
     migrate: bool | None = None,
+    retention: Retention = None,
+    retention_dsn: str | None = None,
     normalizer: Normalizer | None = None,
     tracer_provider: TracerProvider | None = None,
     create_provider: bool = True,
@@ -75,6 +78,10 @@ def configure_audit(
             schema of an `audit_scope` goes first.
         table: name of the table.
         migrate: create or upgrade tables, and tenants' schemas, when a record needs them.
+        retention: how long records are kept: a `RetentionPolicy`, or days, beside which the environment's other
+            ``OTEL_ASTROCYTE_AUDIT_RETENTION_…`` hold; False to keep them for ever whatever the environment says. By
+            default nothing is deleted, and nothing runs for it.
+        retention_dsn: connection string of the role that deletes, if that isn't the writer's.
         normalizer: what of a payload may be stored; `Normalizer` has the defaults. It is the process's: operations
             don't know which pipeline will take them, so a second one replaces the first, with a warning.
         tracer_provider: where to attach; by default the global one.
@@ -105,6 +112,7 @@ def configure_audit(
     )  # fmt: skip
     if normalizer is not None and not isinstance(normalizer, Normalizer):
         raise ConfigurationError("normalizer", f"got a {type(normalizer).__name__}; accepted is a Normalizer")
+    policy = resolve_retention(retention)
     sizes: dict[str, Any] = {
         "writer": writer,
         "spool_dir": spool_dir,
@@ -120,7 +128,9 @@ def configure_audit(
     }
     # Before a provider is made and set, which can't be taken back.
     sizes = {name: settings.resolve(name, size) for name, size in sizes.items()}
-    processor = AuditSpanProcessor(exporter, meter_provider=meter_provider, **sizes)
+    if policy is not None:
+        exporter.sweeper(retention_dsn)
+    processor = AuditSpanProcessor(exporter, retention=False, meter_provider=meter_provider, **sizes)
     try:
         provider = _provider(tracer_provider, create=create_provider)
         if normalizer is not None:
@@ -131,6 +141,8 @@ def configure_audit(
         _wrap_sampler(provider, exporter)
         emit.renew_tracers()
         _warn_of_what_leaves_the_log_empty(provider, exporter)
+        if policy is not None:  # not before: its runs are spans of this provider
+            processor.start_retention(policy, dsn=retention_dsn, tracer_provider=provider)
         _attached.setdefault(provider, []).append(processor)
     except BaseException:
         processor.shutdown()  # its thread runs already, and nobody else has it

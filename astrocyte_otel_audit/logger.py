@@ -7,6 +7,7 @@ is there: wiring written for upstream works as it is.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -24,9 +25,10 @@ from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.allowlist import Allowlist
 from astrocyte_otel_audit.configure import attached_to, configure_audit, dsn_of_pool
 from astrocyte_otel_audit.emit import AuditOperation, audit_scope
-from astrocyte_otel_audit.errors import AuditError
+from astrocyte_otel_audit.errors import AuditError, ConfigurationError
 from astrocyte_otel_audit.pipeline import AuditSpanProcessor
 from astrocyte_otel_audit.record import Outcome, ns_from_datetime
+from astrocyte_otel_audit.retention import RetentionPolicy, resolve_retention
 
 _logger = logging.getLogger(__name__)
 #: One for all loggers, as they may share a provider; reentrant, as a handler of what is logged may be anyone's code.
@@ -70,7 +72,7 @@ class AuditLogger:
         schema_getter: gives the tenant's schema, on the thread that logs.
         enabled: off by default, as upstream.
         allowed_actions: actions or globs; None for all, an empty list for none.
-        retention_days: accepted for upstream's sake; see `start_retention_sweep`.
+        retention_days: days that records are kept, once `start_retention_sweep` is called; 0 or less for ever.
         table: name of the table.
         tracer_provider: in place of the global one.
 
@@ -95,7 +97,9 @@ class AuditLogger:
         self._allowlist = Allowlist(
             ("*",) if allowed_actions is None else settings.actions(allowed_actions, "allowed_actions")
         )
-        self._retention_days = retention_days
+        self._policy = _policy_of(retention_days)
+        #: Whether expired records are wanted to be deleted; there may be no pipeline yet that can.
+        self._is_sweeping = False
         self._table = settings.SETTINGS["table"].accept(table, "table")
         self._tracer_provider = tracer_provider
         self._set_up = False
@@ -108,6 +112,7 @@ class AuditLogger:
         """Log an operation that is over. `ended_at` is now, unless the entry says otherwise."""
         try:
             if not self.is_enabled(entry.action):
+                self._catch_up()
                 return
             if entry.ended_at is None:
                 entry.ended_at = datetime.now(UTC)
@@ -127,15 +132,46 @@ class AuditLogger:
         return _Timed(self, entry)
 
     def start_retention_sweep(self) -> None:
-        """Say that nothing is deleted: this release keeps every row."""
-        if self._enabled and self._retention_days > 0:
-            _logger.warning(
-                "retention_days=%d has no effect yet: this release deletes no row; delete by started_at till then.",
-                self._retention_days,
-            )
+        """Have records deleted that are older than `retention_days`, also where this logger is not enabled.
+
+        The pipeline does it, on a thread of its own, as soon as there is one. Harmless when repeated.
+        """
+        if self._policy is None:
+            return
+        self._is_sweeping = True
+        if self._set_up:
+            self._start_retention()
+        else:
+            self._ensure_pipeline()
 
     async def stop_retention_sweep(self) -> None:
-        """Return at once: there is no sweep to stop."""
+        """Stop what `start_retention_sweep` has started; a batch that is under way ends first."""
+        was_sweeping, self._is_sweeping = self._is_sweeping, False
+        for pipeline in self._pipelines() if was_sweeping else ():
+            if pipeline.retention is not None:
+                await asyncio.to_thread(pipeline.retention.stop)
+
+    def _catch_up(self) -> None:
+        """Start the sweep, if it waits for a pipeline that can be made now: a disabled logger makes none otherwise."""
+        if self._is_sweeping and not self._set_up:
+            self._ensure_pipeline()
+
+    def _start_retention(self) -> None:
+        with _setting_up:
+            pipelines = self._pipelines()
+            tasks = [pipeline.retention for pipeline in pipelines if pipeline.retention is not None]
+            for task in tasks:
+                task.start()
+            if pipelines and not tasks and self._policy is not None:
+                ours = (one for one in pipelines if getattr(one.exporter.storage, "table", None) == self._table)
+                try:
+                    next(ours, pipelines[0]).start_retention(self._policy, tracer_provider=self._tracer_provider)
+                except ConfigurationError as error:
+                    _logger.error("No audit record will be deleted: %s", error)
+        if tasks and all(task.policy != self._policy for task in tasks):
+            _logger.warning(
+                "The retention_days of this AuditLogger have no effect: its pipeline has a retention of its own."
+            )
 
     def _operation(self, entry: AuditEntry, start_ns: int | None = None) -> AuditOperation:
         return AuditOperation(
@@ -180,6 +216,8 @@ class AuditLogger:
             pipelines = self._pipelines()
             if not pipelines:
                 self._configure(pool)
+            if self._is_sweeping:
+                self._start_retention()
             self._set_up = True  # last: another thread that sees it goes on without the lock
         self._warn_of_differences(pipelines)
 
@@ -190,7 +228,7 @@ class AuditLogger:
         try:
             configure_audit(
                 dsn=dsn_of_pool(pool),
-                actions=self._allowlist.actions,
+                actions=self._allowlist.actions if self._enabled else (),
                 table=self._table,
                 tracer_provider=self._tracer_provider,
             )
@@ -200,7 +238,7 @@ class AuditLogger:
 
     def _warn_of_differences(self, pipelines: Sequence[AuditSpanProcessor]) -> None:
         """Say where the settings of pipelines that were there already are in effect, and not this logger's own."""
-        if not pipelines:
+        if not pipelines or not self._enabled:
             return
         exporters = [pipeline.exporter for pipeline in pipelines]
         allowlists = [exporter.selection.allowlist for exporter in exporters]
@@ -233,6 +271,7 @@ class _Timed:
     def __enter__(self) -> AuditEntry:
         try:
             self._entry.started_at = datetime.now(UTC)
+            self._logger._catch_up()
             if self._logger.is_enabled(self._entry.action):
                 self._block.enter_context(self._logger._scope())
                 operation = self._block.enter_context(self._logger._operation(self._entry))
@@ -276,6 +315,17 @@ def _copy(entry: AuditEntry, operation: AuditOperation) -> None:
 def _ns(instant: datetime) -> int | None:
     """Return nanoseconds since the epoch; None, which reads as now, for what is no instant."""
     return ns_from_datetime(instant) if isinstance(instant, datetime) else None
+
+
+def _policy_of(days: object) -> RetentionPolicy | None:
+    """Return what upstream's number of days means; what else a policy says, a floor too, is the environment's."""
+    if type(days) is not int:
+        raise ConfigurationError("retention_days", f"got {settings.shown(days)}; accepted is a number of days, or -1")
+    try:
+        return resolve_retention(days) if days > 0 else None
+    except ConfigurationError as error:
+        source = "retention_days" if error.source == "retention" else error.source
+        raise ConfigurationError(source, error.problem) from None
 
 
 def _not_logged(fault: Exception) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from opentelemetry import context as otel_context
@@ -23,7 +24,8 @@ from astrocyte_otel_audit.pipeline.mapping import SpanMapping, resolve_mappings
 from astrocyte_otel_audit.pipeline.processes import call_in_forked_children
 from astrocyte_otel_audit.pipeline.selection import Selection
 from astrocyte_otel_audit.pipeline.troubles import Troubles
-from astrocyte_otel_audit.postgres import Appended, AuditTable, Fault, OwnConnection, PooledConnections
+from astrocyte_otel_audit.postgres import Appended, AuditTable, Connections, Fault, OwnConnection, PooledConnections
+from astrocyte_otel_audit.postgres.sweep import AuditSweeper
 from astrocyte_otel_audit.record import AuditRecord
 
 _logger = logging.getLogger(__name__)
@@ -115,14 +117,16 @@ class AuditSpanExporter(SpanExporter):
         timeout_millis = settings.resolve("export_timeout_millis", export_timeout_millis)
         if sum(given is not None for given in (dsn, pool, storage)) > 1:
             raise ConfigurationError("dsn", "accepted is one of dsn, pool and storage")
+        self._named: dict[str, Any] = {
+            "schema": settings.DEFAULT_SCHEMA if callable(place) else place,
+            "table": table,
+            "statement_timeout_seconds": timeout_millis / 1000,
+        }
+        #: Makes connections for others than the storage; None where it is no table, or somebody else's.
+        self._connections: Callable[[], Connections] | None = None
         if storage is None:
-            storage = AuditTable(
-                PooledConnections(pool) if pool is not None else _own_connection(dsn),
-                schema=settings.DEFAULT_SCHEMA if callable(place) else place,
-                table=table,
-                migrate=migrates,
-                statement_timeout_seconds=timeout_millis / 1000,
-            )
+            self._connections = _connections(dsn, pool)
+            storage = AuditTable(self._connections(), migrate=migrates, **self._named)
         self.storage = storage
         named = settings.resolve("destination", destination)
         #: Where its records belong: processes with the same one write what each other's spools hold.
@@ -156,13 +160,34 @@ class AuditSpanExporter(SpanExporter):
         Raises:
             DatabaseUnavailableError: give the same records again later.
         """
-        with _suppressed_instrumentation():
+        with suppressed_instrumentation():
             return self.storage.append(records)
 
     def check(self) -> Fault | None:
         """Say what keeps records from being written, or None; raises DatabaseUnavailableError like `write`."""
-        with _suppressed_instrumentation():
+        with suppressed_instrumentation():
             return self.storage.check()
+
+    def sweeper(self, dsn: str | None = None) -> AuditSweeper:
+        """Return what deletes from the same tables, through a connection of its own or the lent pool.
+
+        Args:
+            dsn: connection string of the sweeper's role. It falls back to ``OTEL_ASTROCYTE_AUDIT_RETENTION_DSN``, then
+                to what the records are written through.
+
+        Raises:
+            ConfigurationError: one that can't be used, or none at all.
+        """
+        dsn = settings.resolve("retention_dsn", dsn)
+        if dsn is not None:
+            return AuditSweeper(_own_connection(dsn, "retention_dsn"), **self._named)
+        if self._connections is None:
+            raise ConfigurationError(
+                "retention_dsn",
+                "no database to delete from, as this process writes to none; accepted is a connection string of the "
+                "sweeper's role, here or in OTEL_ASTROCYTE_AUDIT_RETENTION_DSN",
+            )
+        return AuditSweeper(self._connections(), **self._named)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Write the audit records among some spans, once: for stock processors, which don't try again."""
@@ -205,17 +230,28 @@ class AuditSpanExporter(SpanExporter):
         self.storage.after_fork()
 
 
-def _own_connection(dsn: str | None) -> OwnConnection:
+def _connections(dsn: str | None, pool: object) -> Callable[[], Connections]:
+    """Return what makes a connection each time it is called, or gives the lent pool."""
+    if pool is not None:
+        lent = PooledConnections(pool)
+        return lambda: lent
     dsn = settings.resolve("dsn", dsn)
     if dsn is None:
         raise ConfigurationError(
             "dsn", "no database to write to; accepted is a connection string, here or in OTEL_ASTROCYTE_AUDIT_DSN"
         )
-    return OwnConnection(dsn)
+    return partial(_own_connection, dsn, "dsn")
+
+
+def _own_connection(dsn: str, source: str) -> OwnConnection:
+    try:
+        return OwnConnection(dsn)
+    except ConfigurationError as error:
+        raise ConfigurationError(source, error.problem) from None
 
 
 @contextmanager
-def _suppressed_instrumentation() -> Iterator[None]:
+def suppressed_instrumentation() -> Iterator[None]:
     """Keep the plugin's own SQL out of the traces: an instrumented psycopg would audit the audit, without end."""
     context = otel_context.set_value(_SUPPRESS_INSTRUMENTATION_KEY, True, set_span_in_context(_UNSAMPLED))
     token = otel_context.attach(context)

@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from opentelemetry import trace
 from opentelemetry.context import Context, get_value
 from opentelemetry.metrics import MeterProvider
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
+from opentelemetry.trace import TracerProvider
 
 from astrocyte_otel_audit import attributes, settings
+from astrocyte_otel_audit._version import __version__
 from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.pipeline.directory import SpoolError, check
 from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
@@ -22,11 +25,13 @@ from astrocyte_otel_audit.pipeline.metrics import Metrics
 from astrocyte_otel_audit.pipeline.operations import OpenOperations
 from astrocyte_otel_audit.pipeline.parking import Backoff
 from astrocyte_otel_audit.pipeline.processes import call_at_the_end_of_children, call_in_forked_children
+from astrocyte_otel_audit.pipeline.retention import RetentionTask
 from astrocyte_otel_audit.pipeline.selection import plain_attributes
 from astrocyte_otel_audit.pipeline.spool import Fsync, Spool
 from astrocyte_otel_audit.pipeline.troubles import Troubles
 from astrocyte_otel_audit.pipeline.writer import Writer
 from astrocyte_otel_audit.record import NO_SCOPE, ScopeDefaults
+from astrocyte_otel_audit.retention import Retention, RetentionPolicy, resolve_retention
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +48,9 @@ class AuditSpanProcessor(SpanProcessor):
 
     Args:
         exporter: says which spans are records, and writes them.
+        retention: how long records are kept: a `RetentionPolicy`, or days. Where it is None and no variable says so
+            either, and where it is False, nothing is deleted, and nothing runs for it.
+        retention_dsn: connection string of the role that deletes; what the records are written through by default.
         writer: ``thread``, or ``external``: nothing is written here, and the command `astrocyte-otel-audit writer`
             writes what this and other processes of this machine put into the spool.
         spool_dir: directory where records are kept until they are in the table, so that they survive a killed
@@ -70,6 +78,8 @@ class AuditSpanProcessor(SpanProcessor):
         self,
         exporter: AuditSpanExporter,
         *,
+        retention: Retention = None,
+        retention_dsn: str | None = None,
         writer: Literal["thread", "external"] | None = None,
         spool_dir: str | os.PathLike[str] | Literal[False] | None = None,
         spool_max_bytes: int | None = None,
@@ -90,6 +100,10 @@ class AuditSpanProcessor(SpanProcessor):
         batch_size = min(settings.resolve("max_export_batch_size", max_export_batch_size), capacity)
         delay_millis = settings.resolve("schedule_delay_millis", schedule_delay_millis)
         self._drain_seconds = settings.resolve("export_timeout_millis", export_timeout_millis) / 1000
+        policy = resolve_retention(retention)
+        if policy is not None:
+            exporter.sweeper(retention_dsn)  # refused before anything runs
+        self._retention: RetentionTask | None = None
         self._exporter = exporter
         self._troubles = Troubles(_logger, time.monotonic)
         blocks = settings.resolve("on_full", on_full) == "block"
@@ -129,11 +143,43 @@ class AuditSpanProcessor(SpanProcessor):
         call_in_forked_children(self, type(self)._after_fork)
         call_at_the_end_of_children(self, type(self).shutdown)
         self._writer.start()
+        if policy is not None:
+            self.start_retention(policy, dsn=retention_dsn)
 
     @property
     def exporter(self) -> AuditSpanExporter:
         """The exporter that was given."""
         return self._exporter
+
+    @property
+    def retention(self) -> RetentionTask | None:
+        """What deletes expired records; None where they are kept for ever."""
+        return self._retention
+
+    def start_retention(
+        self, policy: RetentionPolicy, *, dsn: str | None = None, tracer_provider: TracerProvider | None = None
+    ) -> RetentionTask:
+        """Have deleted from now on what a policy says is expired, in place of the policy before.
+
+        Args:
+            policy: how long records are kept.
+            dsn: connection string of the role that deletes, as `retention_dsn`.
+            tracer_provider: the one that this processor is attached to, as each run is a span; the global one by
+                default.
+
+        Raises:
+            ConfigurationError: a connection string that can't be used, or none at all.
+        """
+        sweeper = self._exporter.sweeper(dsn)
+        if self._retention is not None:
+            self._retention.stop(self._drain_seconds)
+        self._retention = RetentionTask(
+            sweeper,
+            policy,
+            tracer=lambda: trace.get_tracer(attributes.SCOPE_NAME, __version__, tracer_provider),
+        )
+        self._retention.start()
+        return self._retention
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Note an audit span: who acts for which tenant, and, on the span, the id of the row to be."""
@@ -178,19 +224,35 @@ class AuditSpanProcessor(SpanProcessor):
     def shutdown(self) -> None:
         """Refuse new spans, write what waits for at most `export_timeout_millis`, and close the connection.
 
-        What can't be written by then stays in the spool, for the next process. Harmless when repeated.
+        The retention stops first, so that the row of a run that is under way still gets in. What can't be written by
+        then stays in the spool, for the next process. Harmless when repeated.
         """
+        seconds = self._drain_seconds
+        if self._retention is not None:
+            began = time.monotonic()
+            self._retention.stop(seconds / 2)  # the rest is the writer's, even where a batch hangs
+            seconds -= time.monotonic() - began
         self._operations.abandon()
-        self._writer.stop(self._drain_seconds)
+        self._writer.stop(seconds)
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the start of this process; see `Writer.stats`. `open` is operations under way."""
-        return {**self._writer.stats(), "open": len(self._operations)}
+        """Return counts since the start of this process; see `Writer.stats`. `open` is operations under way.
+
+        With a retention there are `retention_runs`, `retention_failed_runs` and `retention_rows`, which are deleted.
+        """
+        counts = {**self._writer.stats(), "open": len(self._operations)}
+        if self._retention is not None:
+            done = self._retention.stats()
+            counts |= {f"retention_{name}": done[name] for name in ("runs", "failed_runs")}
+            counts["retention_rows"] = done["rows_deleted"]
+        return counts
 
     def _after_fork(self) -> None:
         self._troubles = Troubles(_logger, time.monotonic)
         self._operations.after_fork()
         self._writer.after_fork()
+        if self._retention is not None:
+            self._retention.after_fork()
 
 
 def _root(directory: Path | Literal[False] | None, *, is_required: bool) -> Path | None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from astrocyte_otel_audit import (
     AuditSampler,
+    AuditSpanExporter,
     AuditSpanProcessor,
     ConfigurationError,
     Normalizer,
+    RetentionPolicy,
     SpanMapping,
     audit_operation,
     audit_scope,
@@ -31,6 +35,7 @@ from astrocyte_otel_audit import (
 )
 from astrocyte_otel_audit.configure import attached_to
 from astrocyte_otel_audit.pipeline.replay import status
+from astrocyte_otel_audit.postgres.sweep import Swept, Tenant
 from tests.support import MemoryStorage
 
 ROOT = Path(__file__).parents[2]
@@ -655,3 +660,142 @@ def test_a_sampled_trace_stays_a_sampled_trace(storage):
     with audit_operation("recall", tracer_provider=provider):
         assert trace.get_current_span().get_span_context().trace_flags.sampled
     provider.shutdown()
+
+
+# Retention.
+
+NOWHERE = "postgresql://127.0.0.1:1/none"
+
+
+class Sweeper:
+    """Stands in for a database with five expired rows."""
+
+    schema = "public"
+
+    def __init__(self, expired=5):
+        self.expired = expired
+
+    def tenants(self, schemas=None):
+        return [Tenant("public")]
+
+    def last_run(self):
+        return None
+
+    def now(self):
+        return datetime.now(UTC)
+
+    def sweep(self, schema, cutoffs, **rest):
+        rows, self.expired = self.expired, 0
+        return Swept(schema, rows=rows)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def sweeper(monkeypatch):
+    """What every exporter deletes by; it notes the connection strings that it is asked for by."""
+    sweeper, asked = Sweeper(), []
+    monkeypatch.setattr(AuditSpanExporter, "sweeper", lambda self, dsn=None: asked.append(dsn) or sweeper)
+    sweeper.asked = asked
+    return sweeper
+
+
+@pytest.mark.parametrize("create", [ALWAYS_ON, ALWAYS_OFF], ids=["sampled", "not sampled"])
+def test_a_run_of_the_retention_is_a_row_whatever_is_audited(storage, sweeper, create):
+    provider = TracerProvider(sampler=create, shutdown_on_exit=False)
+    processor = configure_audit(
+        storage=storage,
+        actions=[],
+        tracer_provider=provider,
+        retention=RetentionPolicy(days=30, jitter_seconds=0),
+        retention_dsn="host=a",
+    )
+    deadline = time.monotonic() + 20
+    while processor.stats()["retention_rows"] < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    provider.shutdown()
+    [row] = storage.records
+    assert (row.action, row.outcome, row.metadata["rows"]) == ("audit.retention", "success", 5)
+    assert row.sampled is (create is ALWAYS_ON)
+    assert set(sweeper.asked) == {"host=a"}
+
+
+def test_without_a_retention_there_is_none(provider, storage):
+    processor = configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    assert processor.retention is None
+
+
+@pytest.mark.parametrize("days", [30, RetentionPolicy(days=30), None], ids=["days", "a policy", "a variable"])
+def test_a_retention_is_a_policy_or_days_or_the_environment_s(provider, storage, sweeper, monkeypatch, days):
+    if days is None:
+        monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_RETENTION_DAYS", "30")
+    processor = configure_audit(storage=storage, actions="*", tracer_provider=provider, retention=days)
+    assert processor.retention.policy == RetentionPolicy(days=30)
+    assert processor.retention.is_started
+    processor.shutdown()
+    assert not processor.retention.is_started
+
+
+def test_false_is_no_retention_whatever_the_environment_says(provider, storage, monkeypatch):
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_RETENTION_DAYS", "30")
+    processor = configure_audit(storage=storage, actions="*", tracer_provider=provider, retention=False)
+    assert processor.retention is None
+
+
+@pytest.mark.parametrize("arguments", [{"storage": MemoryStorage()}, {"writer": "external"}], ids=["storage", "writer"])
+def test_where_this_process_writes_to_no_database_the_retention_asks_for_one(provider, arguments, monkeypatch):
+    monkeypatch.setattr(trace, "set_tracer_provider", lambda provider: pytest.fail("a provider was set"))
+    with pytest.raises(ConfigurationError, match=r"^retention_dsn: no database to delete from.*_RETENTION_DSN$"):
+        configure_audit(actions="*", retention=30, **arguments)
+    processor = configure_audit(actions="*", retention=30, retention_dsn=NOWHERE, tracer_provider=provider, **arguments)
+    assert processor.retention.is_started
+
+
+def test_the_retention_has_the_writer_s_connection_string_and_names_but_not_its_connection():
+    exporter = AuditSpanExporter(dsn="host=a dbname=b", schema="tenant_a", table="log")
+    sweeper = exporter.sweeper()
+    assert (sweeper.schema, sweeper.table) == ("tenant_a", "log")
+    assert sweeper._connections.database == exporter.storage._connections.database
+    assert sweeper._connections is not exporter.storage._connections
+
+
+def test_the_retention_has_a_connection_string_of_its_own_where_one_is_given(monkeypatch):
+    exporter = AuditSpanExporter(dsn="host=a dbname=b")
+    by_argument = exporter.sweeper("host=c dbname=d")
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_RETENTION_DSN", "host=c dbname=d")
+    databases = {each._connections.database for each in (by_argument, exporter.sweeper(), exporter.storage)}
+    assert len(databases) == 2
+    assert by_argument._connections.database == exporter.sweeper()._connections.database
+
+
+def test_the_retention_has_the_lent_pool():
+    exporter = AuditSpanExporter(pool=ConnectionPool("host=h", open=False))
+    assert exporter.sweeper()._connections is exporter.storage._connections
+
+
+def test_a_function_to_the_schema_leaves_the_retention_s_rows_in_the_default_one():
+    assert AuditSpanExporter(dsn="host=a", schema=lambda: "tenant_a").sweeper().schema == "public"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "source"),
+    [
+        ({"retention": 0}, {}, "retention"),
+        ({"retention": "30"}, {}, "retention"),
+        ({"retention": 30}, {"MINIMUM_DAYS": "hipaa"}, "retention"),
+        ({}, {"DAYS": "soon"}, "OTEL_ASTROCYTE_AUDIT_RETENTION_DAYS"),
+        ({"retention": 30}, {"BATCH_SIZE": "0"}, "OTEL_ASTROCYTE_AUDIT_RETENTION_BATCH_SIZE"),
+        ({"retention": 30, "retention_dsn": "host='"}, {}, "retention_dsn"),
+    ],
+    ids=str,
+)
+def test_a_retention_that_can_not_be_used_is_refused_before_anything_is_attached(
+    provider, monkeypatch, arguments, variables, source
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"OTEL_ASTROCYTE_AUDIT_RETENTION_{name}", value)
+    with pytest.raises(ConfigurationError) as refused:
+        configure_audit(dsn=NOWHERE, actions="*", tracer_provider=provider, **arguments)
+    assert refused.value.source == source
+    assert attached_to(provider) == []

@@ -21,20 +21,26 @@ import pytest
 from astrocyte import audit as upstream
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import NoOpTracerProvider, get_current_span
+from psycopg_pool import ConnectionPool
 
 from astrocyte_otel_audit import (
     AuditEntry,
     AuditLogger,
     AuditRecord,
+    AuditSpanExporter,
     ConfigurationError,
+    RetentionPolicy,
     audit_operation,
     audit_scope,
     get_default_audit_logger,
     logger,
     set_default_audit_logger,
 )
+from astrocyte_otel_audit.configure import attached_to
 from tests.support import MemoryStorage
 
+#: A database that isn't there.
+NOWHERE = "postgresql://127.0.0.1:1/none"
 TEXT = "Calvin's blood pressure is rising"
 STARTED = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 ENDED = datetime(2026, 3, 1, 12, 0, 1, 654321, tzinfo=UTC)
@@ -589,11 +595,119 @@ class TestAPipelineThatIsThereAlready:
 
 
 class TestRetention:
+    @pytest.fixture
+    def sweepers(self, monkeypatch):
+        """The connection strings by which somebody asked to delete. Nothing is there to be deleted from."""
+        asked = []
+        sweeper = AuditSpanExporter(dsn=NOWHERE).sweeper()
+        monkeypatch.setattr(AuditSpanExporter, "sweeper", lambda self, dsn=None: asked.append(dsn) or sweeper)
+        return asked
+
     async def test_can_be_started_and_stopped_in_any_order_as_upstream(self, audit_log):
         await audit_log.stop_retention_sweep()
         audit_log.start_retention_sweep()
         audit_log.start_retention_sweep()
         await audit_log.stop_retention_sweep()
+
+    async def test_is_the_pipeline_s_started_and_stopped(self, make_logger, audit, storage, sweepers):
+        processor = audit(storage=storage)
+        audit_log = make_logger(retention_days=30)
+        assert processor.retention is None
+        audit_log.start_retention_sweep()
+        audit_log.start_retention_sweep()
+        task = processor.retention
+        assert (task.policy, task.is_started) == (RetentionPolicy(days=30), True)
+        await audit_log.stop_retention_sweep()
+        await audit_log.stop_retention_sweep()
+        assert not task.is_started
+        audit_log.start_retention_sweep()
+        assert processor.retention is task
+        assert task.is_started
+        assert len(sweepers) == 1
+
+    @pytest.mark.parametrize("days", [-1, 0, -30])
+    async def test_of_no_days_keeps_everything_for_ever(self, make_logger, audit, storage, days):
+        processor = audit(storage=storage, retention=30, retention_dsn=NOWHERE)
+        audit_log = make_logger(retention_days=days)
+        audit_log.start_retention_sweep()
+        await audit_log.stop_retention_sweep()
+        assert processor.retention.is_started  # which is somebody else's
+
+    async def test_is_started_by_the_first_entry_once_the_pool_is_there(self, make_logger, provider, sweepers):
+        pools = []
+        audit_log = make_logger(pool_getter=lambda: pools[0] if pools else None, retention_days=30)
+        audit_log.start_retention_sweep()
+        assert attached_to(provider) == []
+        pools.append(ConnectionPool(NOWHERE, open=False))
+        audit_log.log(entry())
+        [processor] = attached_to(provider)
+        assert processor.retention.is_started
+
+    @pytest.mark.parametrize("how", ["log", "log_with_timing"])
+    async def test_does_not_depend_on_what_is_enabled(self, make_logger, provider, sweepers, how):
+        pools = []
+        audit_log = make_logger(pool_getter=lambda: pools[0] if pools else None, retention_days=30, enabled=False)
+        audit_log.start_retention_sweep()
+        pools.append(ConnectionPool(NOWHERE, open=False))
+        if how == "log":
+            audit_log.log(entry())
+        else:
+            with audit_log.log_with_timing(entry()):
+                pass
+        [processor] = attached_to(provider)
+        assert processor.retention.is_started
+        assert processor.exporter.selection.allowlist.actions == ()
+        assert processor.stats()["accepted"] == 0
+
+    async def test_that_was_stopped_before_there_was_a_pipeline_is_not_started(self, make_logger, provider, sweepers):
+        pools = []
+        audit_log = make_logger(pool_getter=lambda: pools[0] if pools else None, retention_days=30)
+        audit_log.start_retention_sweep()
+        await audit_log.stop_retention_sweep()
+        pools.append(ConnectionPool(NOWHERE, open=False))
+        audit_log.log(entry())
+        [processor] = attached_to(provider)
+        assert processor.retention is None
+
+    async def test_of_a_pipeline_that_has_another_is_left_as_it_is_and_said(self, make_logger, audit, storage, caplog):
+        processor = audit(storage=storage, retention=60, retention_dsn=NOWHERE)
+        make_logger(retention_days=30).start_retention_sweep()
+        assert processor.retention.policy.days == 60
+        assert "retention_days of this AuditLogger have no effect" in caplog.text
+
+    async def test_of_a_pipeline_that_has_the_same_needs_no_word(self, make_logger, audit, storage, caplog):
+        audit(storage=storage, retention=30, retention_dsn=NOWHERE)
+        make_logger(retention_days=30).start_retention_sweep()
+        assert "no effect" not in caplog.text
+
+    async def test_of_a_pipeline_without_a_database_is_an_error_in_the_log(self, make_logger, audit, storage, caplog):
+        processor = audit(storage=storage)
+        make_logger(retention_days=30).start_retention_sweep()
+        assert processor.retention is None
+        assert "No audit record will be deleted: retention_dsn: no database to delete from" in caplog.text
+
+    async def test_stopping_it_does_not_hold_up_the_event_loop(self, make_logger, audit, storage, monkeypatch):
+        processor = audit(storage=storage, retention=30, retention_dsn=NOWHERE)
+        audit_log = make_logger(retention_days=30)
+        audit_log.start_retention_sweep()
+        released = threading.Event()
+        monkeypatch.setattr(processor.retention, "stop", lambda: released.wait(20))
+        stopping = asyncio.create_task(audit_log.stop_retention_sweep())
+        await asyncio.sleep(0.05)
+        assert not stopping.done()
+        released.set()
+        await stopping
+        monkeypatch.undo()
+
+    @pytest.mark.parametrize("days", [None, "30", 3.0, True])
+    def test_of_what_is_no_number_is_refused_at_construction(self, make_logger, days):
+        with pytest.raises(ConfigurationError, match=r"^retention_days: got "):
+            make_logger(retention_days=days)
+
+    def test_under_the_environment_s_floor_is_refused_at_construction(self, make_logger, monkeypatch):
+        monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_RETENTION_MINIMUM_DAYS", "hipaa")
+        with pytest.raises(ConfigurationError, match=r"^retention_days: got 30; accepted is 2192 days or more"):
+            make_logger(retention_days=30)
 
 
 @pytest.mark.usefixtures("fresh_default")

@@ -19,6 +19,7 @@ from astrocyte_otel_audit import (
     AuditSpanProcessor,
     AuditUnavailableError,
     ConfigurationError,
+    RetentionPolicy,
     SpanMapping,
     audit_operation,
     audit_scope,
@@ -706,3 +707,85 @@ def test_after_its_end_a_process_that_wrote_nothing_does_not_say_that_all_is_in_
     assert not processor.force_flush(20)
     processor.shutdown()
     assert not processor.force_flush(20)
+
+
+# Retention.
+
+
+NOWHERE = "postgresql://127.0.0.1:1/none"
+
+
+def retention_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "astrocyte-audit-retention"]
+
+
+@pytest.fixture
+def alone():
+    """Makes a processor that no `configure_audit` has made, and shuts it down."""
+    made = []
+
+    def make(**arguments):
+        exporter = AuditSpanExporter(**{"storage": MemoryStorage(), "actions": [], **arguments.pop("exporter", {})})
+        made.append(AuditSpanProcessor(exporter, **arguments))
+        return made[-1]
+
+    yield make
+    for processor in made:
+        processor.shutdown()
+    assert retention_threads() == []
+
+
+def test_without_a_policy_nothing_runs_and_nothing_is_counted(alone):
+    processor = alone()
+    assert processor.retention is None
+    assert retention_threads() == []
+    assert [name for name in processor.stats() if name.startswith("retention")] == []
+
+
+def test_with_a_policy_a_thread_runs_and_is_counted(alone):
+    policy = RetentionPolicy(days=30)
+    processor = alone(retention=policy, retention_dsn=NOWHERE)
+    assert processor.retention.policy is policy
+    assert processor.retention.is_started
+    assert len(retention_threads()) == 1
+    stats = {name: count for name, count in processor.stats().items() if name.startswith("retention")}
+    assert stats == {"retention_runs": 0, "retention_failed_runs": 0, "retention_rows": 0}
+
+
+def test_days_are_a_policy(alone):
+    assert alone(retention=30, retention_dsn=NOWHERE).retention.policy == RetentionPolicy(days=30)
+
+
+def test_a_policy_may_come_from_the_environment(alone, monkeypatch):
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_RETENTION_DAYS", "30")
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_RETENTION_DSN", NOWHERE)
+    assert alone().retention.policy == RetentionPolicy(days=30)
+    assert alone(retention=False).retention is None
+
+
+def test_a_server_that_is_not_there_is_a_failed_run_and_one_warning(alone, caplog):
+    policy = RetentionPolicy(days=30, jitter_seconds=0, interval_seconds=0.01)
+    processor = alone(retention=policy, retention_dsn=NOWHERE)
+    assert wait_until(lambda: processor.stats()["retention_failed_runs"] >= 2)
+    assert processor.stats()["retention_runs"] == 0
+    [warning] = [message for message in caplog.messages if "expired" in message]
+    assert warning.startswith("expired audit records are not deleted, until a later run: nothing listens at that host")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source"),
+    [
+        ({"retention": 30}, "retention_dsn"),
+        ({"retention": 30, "retention_dsn": "postgresql://u:%zz@h"}, "retention_dsn"),
+        ({"retention": 30, "retention_dsn": ""}, "retention_dsn"),
+        ({"retention": 0, "retention_dsn": NOWHERE}, "retention"),
+        ({"retention": "30", "retention_dsn": NOWHERE}, "retention"),
+    ],
+    ids=str,
+)
+def test_a_retention_that_can_not_be_used_is_refused_before_anything_runs(storage, arguments, source):
+    before = threading.active_count()
+    with pytest.raises(ConfigurationError) as refused:
+        AuditSpanProcessor(AuditSpanExporter(storage=storage), **arguments)
+    assert refused.value.source == source
+    assert threading.active_count() == before
