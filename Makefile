@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check format bench clean
+.PHONY: help demo test soak check format bench bench-retention clean
 
 help: ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ format: $(VENV)/.dev ## Format the code
 
 bench: $(VENV)/.dev ## Measure against peers in the same run, and print the ratios
 	$(BIN)/python -m benchmarks
+
+bench-retention: $(VENV)/.dev ## Measure a sweep of 2 million rows, plain and partitioned, beside a writer (some 2 minutes)
+	$(BIN)/python -m benchmarks.retention
 
 clean: ## Remove the virtual environment and every cache
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -47,22 +47,6 @@ def record(number: int, **changes) -> AuditRecord:
     return made._replace(**changes)
 
 
-@pytest.fixture
-def command(database, capsys, monkeypatch):
-    """Run a command in this process on the test's database; gives exit code, output and remarks."""
-
-    def run(*arguments, dsn=database):
-        monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_DSN", dsn)
-        monkeypatch.setattr(sys, "argv", ["astrocyte-otel-audit", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.run()
-        output = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), output.out, output.err
-
-    return run
-
-
 def test_list_shows_records_newest_first(command, table):
     table.append([record(0), record(1, action="retain", outcome="failure", error_type="astrocyte.errors.AccessDenied")])
     code, out, _ = command("list")
