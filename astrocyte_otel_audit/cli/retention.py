@@ -102,12 +102,12 @@ def purge(
     an action and a bank are both named, the longer time holds. What is on hold
     stays. Look first with --dry-run; on a terminal you are shown it and asked.
 
-    It needs the rights of astrocyte_audit_sweeper, and to drop partitions those of
-    the tables' owner; and for the record of the run, whose id it tells in the end,
-    those of astrocyte_audit_writer. One role can be a member of both. Or
-    OTEL_ASTROCYTE_AUDIT_RETENTION_DSN names the one who sweeps, where the one who
-    writes is in OTEL_ASTROCYTE_AUDIT_DSN and not in --dsn. Safe to interrupt and
-    to repeat.
+    It needs the rights of astrocyte_audit_sweeper, and to drop partitions those
+    of the tables' owner; and for the record of the run, whose id it tells in the
+    end, those of astrocyte_audit_writer. One role can be a member of both. Or
+    OTEL_ASTROCYTE_AUDIT_RETENTION_DSN names the one who sweeps, where the one
+    who writes is in OTEL_ASTROCYTE_AUDIT_DSN and not in --dsn. Safe to interrupt
+    and to repeat.
 
     Example: purge --days 365 --action recall=30 --dry-run
     """

@@ -599,6 +599,7 @@ class TestRetention:
     def sweepers(self, monkeypatch):
         """The connection strings by which somebody asked to delete. Nothing is there to be deleted from."""
         asked = []
+        monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_EXPORT_TIMEOUT_MILLIS", "50")  # what is logged goes nowhere
         sweeper = AuditSpanExporter(dsn=NOWHERE).sweeper()
         monkeypatch.setattr(AuditSpanExporter, "sweeper", lambda self, dsn=None: asked.append(dsn) or sweeper)
         return asked

@@ -2,7 +2,7 @@
 -- Citus's. A view goes on reading the table that it was made of, whatever that is called.
 SELECT
     c.relkind = 'p',
-    greatest(c.reltuples, 0)::bigint,
+    CASE WHEN c.reltuples < 0 THEN coalesce(pg_stat_get_live_tuples(c.oid), 0) ELSE c.reltuples END::bigint,
     pg_total_relation_size(c.oid),
     now(),
     array_remove(ARRAY[
