@@ -23,6 +23,8 @@ from astrocyte_otel_audit.retention import ACTION, Cutoffs
 
 #: Nobody is kept waiting behind a sweep that waits: it comes again.
 _LOCK_TIMEOUT: Final = "2s"
+#: A partition of hundreds of millions of rows is counted before it is dropped, while nobody waits.
+_PARTITION_SECONDS: Final = 3_600.0
 _NO_RIGHT: Final = Fault(
     FaultClass.PARK,
     "the role may not sweep it; GRANT it USAGE on the schema, and SELECT and DELETE on the table and its side table, "
@@ -195,7 +197,7 @@ class AuditSweeper(AuditReader):
     def _look_after_partitions(self, cutoffs: Cutoffs, work: _Work) -> None:
         """Make partitions ahead, and drop those that are expired whole. The others are thinned by batches."""
         swept, schema = work.swept, work.swept.schema
-        with self._connection(self._answer_seconds) as connection:
+        with self._connection(_PARTITION_SECONDS) as connection:
             upkeep = make_ahead(
                 connection, schema, self.table, cutoffs.now, oldest_kept=cutoffs.default, pause=work.pause
             )
