@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,9 +225,9 @@ class AuditTable(AuditReader):
     def _writing(self) -> Iterator[psycopg.Cursor[Any]]:
         with self._connection(self._answer_seconds) as connection:
             try:
-                # In a pipeline there is one answer to wait for. On a busy interpreter each wait can cost the thread a
-                # switch interval of the GIL, 5 ms, and psycopg's own transaction() would wait for BEGIN and for COMMIT.
-                with connection.pipeline() if psycopg.Pipeline.is_supported() else nullcontext():
+                # One answer to wait for. On a busy interpreter each wait can cost the thread a switch interval of the
+                # GIL, 5 ms, and psycopg's own transaction() would wait for BEGIN and for COMMIT.
+                with _quiet_pipeline(connection) if psycopg.Pipeline.is_supported() else nullcontext():
                     cursor = plain_cursor(connection)
                     cursor.execute("BEGIN", prepare=False)
                     cursor.execute(self._settings, prepare=False)
@@ -239,6 +239,24 @@ class AuditTable(AuditReader):
                 if connection.info.transaction_status is TransactionStatus.INERROR:
                     connection.rollback()
                 raise
+
+
+@contextmanager
+def _quiet_pipeline(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """Give a pipeline that ends with the error that came in it. psycopg's would log what comes of that at its end."""
+    error: Exception | None = None
+    try:
+        with connection.pipeline() as pipeline:
+            try:
+                yield
+            except (psycopg.Error, DatabaseUnavailableError) as first:
+                error = first
+                with suppress(psycopg.Error):
+                    pipeline.sync()
+    except (psycopg.Error, DatabaseUnavailableError) as last:
+        error = error or last
+    if error is not None:
+        raise error
 
 
 def _fault(error: Exception) -> Fault:

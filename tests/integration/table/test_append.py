@@ -376,6 +376,13 @@ class TestBadRows:
 
         assert (appended.stored, [record.id for record, _ in appended.set_aside]) == (4, [batch[2].id])
 
+    def test_psycopg_logs_nothing_of_a_record_that_is_refused(self, table, caplog):
+        batch = full_records(300)
+        batch[200] = batch[200]._replace(action=None)
+
+        assert len(table.append(batch).set_aside) == 1
+        assert caplog.records == []
+
     def test_a_record_too_long_for_an_index_is_set_aside(self, table, connection):
         connection.execute("CREATE INDEX ON astrocyte_audit_log ((request ->> 'text'))")
         noise = "".join(chr(0x4E00 + number * 7919 % 20_000) for number in range(5_000))  # compresses badly
