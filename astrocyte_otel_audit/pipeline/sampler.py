@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from opentelemetry.context import Context
-from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Decision, Sampler, SamplingResult
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    DEFAULT_OFF,
+    DEFAULT_ON,
+    Decision,
+    ParentBased,
+    Sampler,
+    SamplingResult,
+    TraceIdRatioBased,
+)
 from opentelemetry.trace import Link, SpanKind, TraceState
 from opentelemetry.util.types import Attributes
 
@@ -13,6 +24,15 @@ from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.pipeline.mapping import SpanMapping, resolve_mappings
 from astrocyte_otel_audit.pipeline.selection import Selection
+
+#: The SDK's own samplers, by the names that OTEL_TRACES_SAMPLER has for them.
+_SAMPLERS: Final[Mapping[str, Sampler]] = {
+    "always_on": ALWAYS_ON,
+    "always_off": ALWAYS_OFF,
+    "parentbased_always_on": DEFAULT_ON,
+    "parentbased_always_off": DEFAULT_OFF,
+}
+_RATIOS: Final = ("traceidratio", "parentbased_traceidratio")
 
 
 class AuditSampler(Sampler):
@@ -24,8 +44,8 @@ class AuditSampler(Sampler):
 
     Args:
         delegate: the sampler that decides about traces; by default the SDK's, parent-based always-on.
-        actions: the allowlist, as in `configure_audit`.
-        mappings: mappings or preset names, as in `configure_audit`.
+        actions: the allowlist, as in `configure_audit`; by default that of the environment.
+        mappings: mappings or preset names, as in `configure_audit`; by default those of the environment.
 
     Raises:
         ConfigurationError: an argument that can't be used.
@@ -35,13 +55,15 @@ class AuditSampler(Sampler):
         self,
         delegate: Sampler | None = None,
         *,
-        actions: Iterable[str] = (),
-        mappings: Iterable[SpanMapping | str] = (),
+        actions: Iterable[str] | None = None,
+        mappings: Iterable[SpanMapping | str] | None = None,
     ) -> None:
         if delegate is not None and not hasattr(delegate, "should_sample"):
             raise ConfigurationError("delegate", f"got a {type(delegate).__name__}; accepted is a Sampler")
         self.delegate: Sampler = delegate if delegate is not None else DEFAULT_ON
-        self._selection = Selection(settings.actions(actions, "actions"), resolve_mappings(mappings))
+        self._selection = Selection(
+            settings.resolve("actions", actions), resolve_mappings(settings.resolve("mappings", mappings))
+        )
 
     @property
     def selection(self) -> Selection:
@@ -72,3 +94,29 @@ class AuditSampler(Sampler):
     def get_description(self) -> str:
         """Return a description that names the delegate's."""
         return f"AuditSampler{{{self.delegate.get_description()}}}"
+
+
+def sampler_of(argument: str | None = None) -> AuditSampler:
+    """Return the sampler of ``OTEL_TRACES_SAMPLER=astrocyte_audit``.
+
+    Args:
+        argument: ``OTEL_TRACES_SAMPLER_ARG``: who decides about traces, by the name that OTEL_TRACES_SAMPLER has, with
+            its ratio where it has one, such as ``parentbased_traceidratio=0.1``. By default the SDK's.
+
+    Raises:
+        ConfigurationError: no such sampler. The SDK logs that, and goes on with its default.
+    """
+    name, _, ratio = (argument or "parentbased_always_on").strip().partition("=")
+    if name in _SAMPLERS and not ratio:
+        return AuditSampler(_SAMPLERS[name])
+    try:
+        if name in _RATIOS:
+            sampler = TraceIdRatioBased(float(ratio or 1.0))
+            return AuditSampler(sampler if name == _RATIOS[0] else ParentBased(sampler))
+    except ValueError:  # no number, or none from 0 to 1
+        pass
+    raise ConfigurationError(
+        "OTEL_TRACES_SAMPLER_ARG",
+        f"got {settings.shown(argument)}; accepted is one of {', '.join((*_SAMPLERS, *_RATIOS))}, the last two with a "
+        "ratio from 0 to 1, as in parentbased_traceidratio=0.1",
+    )

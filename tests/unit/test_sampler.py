@@ -3,10 +3,21 @@
 import pytest
 from opentelemetry import context as otel_context
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, DEFAULT_ON, Decision, Sampler, SamplingResult
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    DEFAULT_OFF,
+    DEFAULT_ON,
+    Decision,
+    ParentBased,
+    Sampler,
+    SamplingResult,
+    TraceIdRatioBased,
+)
 from opentelemetry.trace import SpanKind, TraceState
 
 from astrocyte_otel_audit import AuditSampler, ConfigurationError, SpanMapping
+from astrocyte_otel_audit.pipeline.sampler import sampler_of
 
 STATE = TraceState([("vendor", "kept")])
 
@@ -163,3 +174,36 @@ def test_a_name_that_is_none_reaches_the_delegate_and_raises_nothing(name):
     sampler = AuditSampler(ALWAYS_OFF, actions="*", mappings=["astrocyte"])
 
     assert sampler.should_sample(None, 1, name).decision is Decision.DROP
+
+
+def test_by_default_the_allowlist_is_the_environments(monkeypatch):
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_ACTIONS", "recall")
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_MAPPINGS", "astrocyte")
+    selection = AuditSampler().selection
+    assert (selection.allowlist.actions, bool(selection.mappings)) == (("recall",), True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "described"),
+    [
+        (None, DEFAULT_ON.get_description()),
+        ("", DEFAULT_ON.get_description()),
+        ("always_on", ALWAYS_ON.get_description()),
+        (" always_off ", ALWAYS_OFF.get_description()),
+        ("parentbased_always_on", DEFAULT_ON.get_description()),
+        ("parentbased_always_off", DEFAULT_OFF.get_description()),
+        ("traceidratio", TraceIdRatioBased(1.0).get_description()),
+        ("traceidratio=0.25", TraceIdRatioBased(0.25).get_description()),
+        ("parentbased_traceidratio=0.1", ParentBased(TraceIdRatioBased(0.1)).get_description()),
+    ],
+)
+def test_the_environment_names_who_decides_about_traces(argument, described):
+    assert sampler_of(argument).delegate.get_description() == described
+
+
+@pytest.mark.parametrize(
+    "argument", ["0.1", "jaeger_remote", "always_on=1", "traceidratio=often", "traceidratio=2", "traceidratio=-1"]
+)
+def test_what_no_sampler_is_called_is_refused_with_what_is_accepted(argument):
+    with pytest.raises(ConfigurationError, match=r"OTEL_TRACES_SAMPLER_ARG.*parentbased_traceidratio=0\.1"):
+        sampler_of(argument)
