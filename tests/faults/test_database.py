@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import psycopg
 import pytest
@@ -15,6 +17,9 @@ from psycopg.conninfo import make_conninfo
 from psycopg_pool import ConnectionPool
 
 from astrocyte_otel_audit import audit_operation
+from astrocyte_otel_audit.postgres import OwnConnection
+from astrocyte_otel_audit.postgres.sweep import AuditSweeper
+from astrocyte_otel_audit.retention import RetentionPolicy
 from tests.faults.proxy import Proxy, can_drop_packets
 from tests.faults.server import migrated, wait_until
 
@@ -450,3 +455,29 @@ def test_a_crash_behind_pgbouncer_or_of_itself(server, pgbouncer, serve, whose):
     application.assert_goes_on_without_postgres()
     broken.start()
     application.assert_each_operation_is_one_row_of(server)
+
+
+def test_two_sweepers_behind_pgbouncer_delete_each_row_once(server, pgbouncer):
+    server.execute(
+        "GRANT SELECT, DELETE ON astrocyte_audit_log, astrocyte_audit_log_set_aside TO writer",
+        "GRANT SELECT ON astrocyte_audit_log_holds TO writer",
+        """
+        INSERT INTO astrocyte_audit_log (action, transport, bank_id, started_at)
+        SELECT 'recall', 'http', 'bank-' || n % 5, now() - (n + 0.5) * interval '1 hour'
+        FROM generate_series(1, 1000) AS n
+        """,
+        "INSERT INTO astrocyte_audit_log_holds (bank_id, reason) VALUES ('bank-3', 'a case')",
+    )
+    cutoffs = RetentionPolicy(days=10).cutoffs(datetime.now(UTC))
+
+    def sweep(_):
+        sweeper = AuditSweeper(OwnConnection(pgbouncer.dsn))
+        rounds = [sweeper.sweep("public", cutoffs, batch_size=20, pause=lambda seconds: None) for _ in range(50)]
+        sweeper.close()
+        assert [swept.faults for swept in rounds] == [[]] * 50
+        return sum(swept.rows for swept in rounds)
+
+    with ThreadPoolExecutor(2) as sweepers:
+        rows = sum(sweepers.map(sweep, range(2)))
+    [(left,)] = server.execute("SELECT count(*) FROM astrocyte_audit_log")
+    assert (rows, left) == (609, 391)  # of the 761 that are older, a fifth is held
