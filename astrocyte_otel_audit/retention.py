@@ -50,7 +50,7 @@ class RetentionPolicy:
         interval_seconds: from one run to the next, of all processes together (3,600).
         jitter_seconds: the first run comes within this time, at random, so that processes that were started
             together don't ask all at once (300).
-        batch_size: rows of one transaction (500): larger ones are quicker, and others wait longer for them.
+        batch_size: rows of one transaction (250): larger ones are quicker, and others wait longer for them.
         budget_seconds: time that a run may take; what is left is the next one's (600).
 
     Raises:
@@ -63,7 +63,7 @@ class RetentionPolicy:
     minimum_days: int | str | None = None
     interval_seconds: float = 3_600.0
     jitter_seconds: float = 300.0
-    batch_size: int = 500
+    batch_size: int = 250
     budget_seconds: float = 600.0
 
     def __post_init__(self) -> None:

@@ -353,7 +353,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
         _setting("retention_minimum_days", None, _minimum, "A floor: days, or a rule such as hipaa.", _parse_minimum),
         _setting("retention_interval_seconds", 3_600.0, positive_number, "Seconds from one run to the next.", float),
         _setting("retention_jitter_seconds", 300.0, not_negative, "Seconds within which the first run comes.", float),
-        _setting("retention_batch_size", 500, positive_int, "Rows that one transaction deletes.", int),
+        _setting("retention_batch_size", 250, positive_int, "Rows that one transaction deletes.", int),
         _setting("retention_budget_seconds", 600.0, positive_number, "Seconds that one run may take.", float),
         _setting("retention_dsn", None, _dsn, "A connection string of the sweeper's role; else the writer's is taken."),
     )
