@@ -10,6 +10,7 @@ The words are ours. A server's message can quote a payload, and psycopg's can qu
 from __future__ import annotations
 
 import enum
+import re
 from typing import Final, NamedTuple
 
 import psycopg
@@ -53,6 +54,14 @@ _BY_SQLSTATE: Final[dict[str, tuple[FaultClass, str]]] = {
     "08": (_RETRY, "the connection broke"),
     "22": (_SET_ASIDE, "a value can't be stored in its column"),
     "23": (_SET_ASIDE, "a constraint of the table refuses the record"),
+    # Its own entry where it is a conversion's, see `classify`.
+    "conversion": (
+        _PARK,
+        (
+            "the table is being partitioned, and the record begins beyond what was checked; if nobody is at it, run "
+            "`astrocyte-otel-audit migrate --partition-by` again"
+        ),
+    ),
     # Its own entry where it comes without a constraint's name, see `classify`.
     "no partition": (_PARK, "no partition of the table takes the record's start; attach one, or a DEFAULT partition"),
     "25006": (_RETRY, "the server is read-only, as a standby is; point the DSN at the primary"),
@@ -108,6 +117,9 @@ _BY_MESSAGE: Final[tuple[tuple[str, str], ...]] = (
 )
 
 
+#: Name of the constraint that stands while a table is being partitioned; see `switch.Target.check`.
+_CONVERSIONS_CHECK: Final = re.compile(r"_before_\d{8}$")
+
 #: What migrating can mend: a schema, a table or a column that isn't there.
 MENDED_BY_MIGRATING: Final = frozenset({"3F000", "42P01", "42703"})
 
@@ -119,8 +131,12 @@ def classify(error: BaseException) -> Fault:
     """
     sqlstate = getattr(error, "sqlstate", None)
     if isinstance(sqlstate, str):
-        if sqlstate == "23514" and isinstance(error, psycopg.Error) and error.diag.constraint_name is None:
-            return Fault(*_BY_SQLSTATE["no partition"], sqlstate)
+        if sqlstate == "23514" and isinstance(error, psycopg.Error):
+            constraint = error.diag.constraint_name
+            if constraint is None:
+                return Fault(*_BY_SQLSTATE["no partition"], sqlstate)
+            if _CONVERSIONS_CHECK.search(constraint):
+                return Fault(*_BY_SQLSTATE["conversion"], sqlstate)
         for length in (5, 2):
             if (found := _BY_SQLSTATE.get(sqlstate[:length])) is not None:
                 return Fault(*found, sqlstate)

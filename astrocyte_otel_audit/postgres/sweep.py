@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 import psycopg
+from psycopg import sql
 
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
@@ -207,7 +208,7 @@ class AuditSweeper(AuditReader):
                 return
             dropping = drop_expired(
                 connection, schema, self.table, cutoffs.default,
-                key=sweep_key(schema, self.table), kept=self._kept(connection, schema, cutoffs), pause=work.pause,
+                key=sweep_key(schema, self.table), kept=self._kept(schema, cutoffs), pause=work.pause,
             )  # fmt: skip
         swept.faults += [fault for fault in dropping.faults if fault not in swept.faults]
         for dropped in dropping.dropped:
@@ -215,16 +216,14 @@ class AuditSweeper(AuditReader):
             swept.add(dropped.rows, dropped.oldest, dropped.newest)
             work.progress(dropped.rows)
 
-    def _kept(self, connection: psycopg.Connection[Any], schema: str, cutoffs: Cutoffs) -> Kept:
-        """Return what outlives the default. Where there is nothing, nobody has to look for it in a whole partition."""
-        parameters = exceptions(cutoffs)
-        with connection.transaction():
-            cursor = plain_cursor(connection)
-            cursor.execute(self._settings, prepare=False)
-            asked = cursor.execute(statement("retention/has_exceptions", schema, self.table), parameters, prepare=False)
-            if not asked.fetchall()[0][0]:
-                return Kept()
-        return Kept(statement("retention/kept", schema, self.table), parameters)
+    def _kept(self, schema: str, cutoffs: Cutoffs) -> Kept:
+        """Return what outlives the default.
+
+        Whether there is anything that can is a part of the condition, and so asked where the lock is held: a hold may
+        be added at any time before. Where there is nothing, no partition is looked through for it.
+        """
+        parts = (statement(f"retention/{name}", schema, self.table) for name in ("has_exceptions", "kept"))
+        return Kept(sql.SQL("({}) AND {}").format(*parts), exceptions(cutoffs))
 
     def _batches(self, name: str, parameters: dict[str, Any], work: _Work) -> Iterator[list[datetime]]:
         """Delete batch after batch until there is nothing left; yields the times of each one's rows, in order."""

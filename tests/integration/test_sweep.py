@@ -12,7 +12,9 @@ from psycopg import sql
 
 from astrocyte_otel_audit.errors import ConfigurationError, DatabaseUnavailableError
 from astrocyte_otel_audit.postgres import AuditTable, OwnConnection
+from astrocyte_otel_audit.postgres import sweep as sweep_module
 from astrocyte_otel_audit.postgres.conversion import convert
+from astrocyte_otel_audit.postgres.dropping import drop_expired
 from astrocyte_otel_audit.postgres.sweep import AuditSweeper, Tenant, sweep_key
 from astrocyte_otel_audit.record import record_id
 from astrocyte_otel_audit.retention import RetentionPolicy
@@ -359,3 +361,29 @@ class TestPartitions:
             sweeper.close()
         assert (swept.rows, left(connection)) == (1, set())
         assert ["only the table's owner" in fault.reason for fault in swept.faults] == [True]
+
+    def test_a_hold_that_is_added_before_a_partition_is_dropped_keeps_its_rows(
+        self, table, partition, sweeper, connection, monkeypatch
+    ):
+        later = sweeper.now() + timedelta(days=400)
+        held = aged(900, bank_id="held")
+        table.append([held, aged(900)])
+        partition()
+
+        def drop(*arguments, **keywords):
+            hold(connection, bank_id="held")  # when the sweep has begun, and nothing was held
+            return drop_expired(*arguments, **keywords)
+
+        monkeypatch.setattr(sweep_module, "drop_expired", drop)
+        assert sweep(sweeper, RetentionPolicy(days=60), now=later).rows == 1
+        assert left(connection) == {held.id}
+
+    def test_a_record_that_a_conversion_refuses_waits(self, table, connection):
+        connection.execute(
+            "ALTER TABLE astrocyte_audit_log ADD CONSTRAINT astrocyte_audit_log_before_20260601"
+            " CHECK (started_at < '2026-06-01') NOT VALID"
+        )
+        refused = aged(0)
+        appended = table.append([refused, aged(30)])
+        assert (appended.stored, appended.set_aside) == (0, [])
+        assert "partition" in appended.parked["public"][0].reason
