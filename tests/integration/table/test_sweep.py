@@ -4,7 +4,6 @@ import itertools
 import threading
 from datetime import UTC, datetime, timedelta
 
-import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +18,7 @@ from astrocyte_otel_audit.postgres.sweep import AuditSweeper, Tenant, sweep_key
 from astrocyte_otel_audit.record import record_id
 from astrocyte_otel_audit.retention import RetentionPolicy
 from tests.records import full_record
-from tests.servers import emptied_and_migrated, new_database, role
+from tests.servers import role
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 SWEEPS = (
@@ -28,23 +27,6 @@ SWEEPS = (
     "SELECT, DELETE ON astrocyte_audit_log_set_aside",
 )
 _numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
-
-
-@pytest.fixture
-def database(module_database):
-    return emptied_and_migrated(module_database)
-
-
-@pytest.fixture
-def connection(database):
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from astrocyte_otel_audit.postgres.conversion import ConversionError, convert, p
 from astrocyte_otel_audit.postgres.layout import layout, name_of, period
 from astrocyte_otel_audit.postgres.reader import plain_cursor
 from tests.records import full_record, full_records
-from tests.servers import emptied, emptied_and_migrated, new_database, role, role_prefix
+from tests.servers import emptied, role, role_prefix
 
 LOG = "astrocyte_audit_log"
 NOW = datetime.now(UTC)
@@ -22,32 +22,6 @@ INDEXES = {
     f"{LOG}_action_started_idx", f"{LOG}_bank_started_idx", f"{LOG}_id_idx", f"{LOG}_pkey", f"{LOG}_recorded_idx",
     f"{LOG}_started_idx", f"{LOG}_trace_idx",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
-
-
-@pytest.fixture
-def database(module_database):
-    """DSN of the module's database with a new table."""
-    return emptied_and_migrated(module_database)
-
-
-@pytest.fixture
-def connection(database):
-    """A superuser's connection, to convert with and for looking on."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def table(database):
-    table = AuditTable(OwnConnection(database))
-    yield table
-    table.close()
 
 
 def quickly(connection, unit="day", **arguments):

@@ -4,58 +4,24 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 
-import psycopg
 import pytest
 
 from astrocyte_otel_audit import ConfigurationError
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
-from astrocyte_otel_audit.postgres import AuditTable, OwnConnection
+from astrocyte_otel_audit.postgres import AuditTable
 from astrocyte_otel_audit.postgres.holds import AuditHolds
 from astrocyte_otel_audit.postgres.sweep import AuditSweeper, sweep_key
 from astrocyte_otel_audit.retention import RetentionPolicy
 from tests.records import BASE, full_record, full_records
-from tests.servers import emptied_and_migrated, new_database, role
+from tests.servers import role
 
 LOG = "astrocyte_audit_log"
 ALL_EXPIRED = RetentionPolicy(days=1).cutoffs(BASE + timedelta(days=365))
 
 
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
-
-
-@pytest.fixture
-def database(module_database):
-    """DSN of the module's database with a new table."""
-    return emptied_and_migrated(module_database)
-
-
-@pytest.fixture
-def opened(database):
-    """Opens what reads or changes the log, and closes it in the end."""
-    made = []
-
-    def open_(kind, dsn=database, **arguments):
-        made.append(kind(OwnConnection(dsn), **arguments))
-        return made[-1]
-
-    yield open_
-    for each in made:
-        each.close()
-
-
 @pytest.fixture
 def holds(opened):
     return opened(AuditHolds)
-
-
-@pytest.fixture
-def connection(database):
-    """A superuser's connection, for looking on and for getting in the way."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
 
 
 def test_a_hold_says_what_is_held_why_by_whom_and_since_when(holds, connection):

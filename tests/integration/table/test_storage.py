@@ -2,37 +2,24 @@
 
 from datetime import UTC, datetime, timedelta
 
-import psycopg
 import pytest
 
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
-from astrocyte_otel_audit.postgres import AuditTable, OwnConnection, storage
+from astrocyte_otel_audit.postgres import AuditTable, storage
 from astrocyte_otel_audit.postgres.holds import AuditHolds
 from astrocyte_otel_audit.postgres.storage import AuditStorage, Count
 from astrocyte_otel_audit.retention import RetentionPolicy
 from tests.records import full_record, full_records
-from tests.servers import emptied_and_migrated, new_database, role, role_prefix
+from tests.servers import role, role_prefix
 
 LOG = "astrocyte_audit_log"
 NOW = datetime.now(UTC)
 
 
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
-
-
 @pytest.fixture
-def database(module_database):
-    """DSN of the module's database with a new table."""
-    return emptied_and_migrated(module_database)
-
-
-@pytest.fixture
-def connection(database):
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
+def opened(opened):
+    """The same, and by default what measures the log."""
+    return lambda kind=AuditStorage, *arguments, **named: opened(kind, *arguments, **named)
 
 
 @pytest.fixture
@@ -49,20 +36,6 @@ def partitions(connection):
         CREATE TABLE {LOG}_default PARTITION OF {LOG} DEFAULT;
         DROP TABLE before
     """)
-
-
-@pytest.fixture
-def opened(database):
-    """Opens what reads or changes the log, and closes it in the end."""
-    made = []
-
-    def open_(kind=AuditStorage, dsn=database, **arguments):
-        made.append(kind(OwnConnection(dsn), **arguments))
-        return made[-1]
-
-    yield open_
-    for each in made:
-        each.close()
 
 
 def aged(*days, **changes):

@@ -30,38 +30,11 @@ HOLDS_RIGHTS = {"writer": [], "reader": ["SELECT"], "sweeper": ["SELECT"]}
 NO_RIGHTS = {relation: [] for relation in RELATIONS}
 
 
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
-
-
-@pytest.fixture
-def database(module_database):
-    """DSN of the module's database with a new table."""
-    return emptied_and_migrated(module_database)
-
-
 @pytest.fixture
 def prefix(database):
     """What the names of one test's roles begin with."""
     with role_prefix(database) as prefix:
         yield prefix
-
-
-@pytest.fixture
-def connection(database):
-    """A superuser's connection, for looking on."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def table(database):
-    """The table, with a superuser's connection."""
-    table = AuditTable(OwnConnection(database))
-    yield table
-    table.close()
 
 
 @contextmanager

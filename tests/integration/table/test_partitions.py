@@ -17,7 +17,7 @@ from astrocyte_otel_audit.postgres.partitions import AHEAD, make_ahead
 from astrocyte_otel_audit.postgres.reader import plain_cursor
 from tests.faults.server import wait_until
 from tests.records import full_record
-from tests.servers import emptied_and_migrated, new_database, role
+from tests.servers import emptied_and_migrated, role
 
 LOG = "astrocyte_audit_log"
 DEFAULT = f"{LOG}_default"
@@ -31,12 +31,6 @@ HELD = Kept(sql.SQL("l.bank_id = %(bank)s"), {"bank": "held"})
 def day(number):
     """Return the begin of a day, counted from today."""
     return TODAY + timedelta(days=number)
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
 
 
 @pytest.fixture
@@ -57,20 +51,6 @@ def database(plain_database):
                 connection.execute(f"DROP TABLE {name}")
         attach(connection, day(-1), day(0))
     return plain_database
-
-
-@pytest.fixture
-def connection(database):
-    """A superuser's connection, to look after partitions with and for looking on."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def table(database):
-    table = AuditTable(OwnConnection(database))
-    yield table
-    table.close()
 
 
 def attach(connection, lower, upper, name=None):
