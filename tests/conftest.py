@@ -19,6 +19,7 @@ from psycopg.conninfo import make_conninfo
 from astrocyte_otel_audit import AuditSpanProcessor, configure_audit
 from astrocyte_otel_audit.embedded import embedded_postgres
 from astrocyte_otel_audit.postgres import AuditTable, OwnConnection
+from tests.servers import new_database
 from tests.support import MemoryStorage
 
 #: Names a server to test against, with a role that may create databases and roles; without it one is embedded.
@@ -71,6 +72,13 @@ def _database(server_dsn: str, template: str | None) -> Iterator[str]:
         connection.execute(create)
         yield make_conninfo(server_dsn, dbname=name)
         connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="module")
+def module_database(server_dsn: str) -> Iterator[str]:
+    """DSN of a database for all tests of a module, where a fresh one each would cost them most of their time."""
+    with new_database(server_dsn) as dsn:
+        yield dsn
 
 
 @pytest.fixture

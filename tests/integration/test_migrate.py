@@ -16,7 +16,7 @@ from astrocyte_otel_audit.postgres import AuditTable, FaultClass, OwnConnection,
 from astrocyte_otel_audit.postgres.faults import classify
 from astrocyte_otel_audit.postgres.migrate import _lock_key
 from tests.records import BASE, full_record
-from tests.servers import emptied, new_database, role
+from tests.servers import emptied, role
 
 MIGRATIONS = ["001_log", "002_trace", "003_set_aside", "004_holds"]
 #: What Astrocyte's migration 023 creates.
@@ -66,12 +66,6 @@ COLUMNS = [
     ("service_name", "text", True, None),
     ("recorded_at", "timestamp with time zone", True, "now()"),
 ]
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from astrocyte_otel_audit import AuditSampler, SpanMapping, audit_operation, audit_scope, audited
 from astrocyte_otel_audit.postgres import AuditTable
-from tests.servers import emptied_and_migrated, new_database
+from tests.servers import emptied_and_migrated
 
 ROUNDS = 40
 
@@ -38,12 +38,6 @@ class SeededIds(IdGenerator):
 
     def is_trace_id_random(self):
         return self._is_random
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
 
 
 @pytest.fixture

@@ -6,13 +6,7 @@ from opentelemetry.sdk.trace import SpanLimits, TracerProvider
 
 from astrocyte_otel_audit import audit_operation, audit_scope, audited
 from astrocyte_otel_audit.postgres import AuditTable
-from tests.servers import emptied_and_migrated, new_database
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn):
-    with new_database(server_dsn) as dsn:
-        yield dsn
+from tests.servers import emptied_and_migrated
 
 
 @pytest.fixture

@@ -9,14 +9,7 @@ import psycopg
 import pytest
 
 from astrocyte_otel_audit.postgres import OwnConnection
-from tests.servers import emptied_and_migrated, new_database
-
-
-@pytest.fixture(scope="module")
-def module_database(server_dsn: str) -> Iterator[str]:
-    """DSN of a database for all tests of a module."""
-    with new_database(server_dsn) as dsn:
-        yield dsn
+from tests.servers import emptied_and_migrated
 
 
 @pytest.fixture
