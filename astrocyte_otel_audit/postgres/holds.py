@@ -12,8 +12,7 @@ import psycopg
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import ConfigurationError, DatabaseUnavailableError
 from astrocyte_otel_audit.postgres.encoding import text
-from astrocyte_otel_audit.postgres.faults import classify
-from astrocyte_otel_audit.postgres.reader import AuditReader, plain_cursor
+from astrocyte_otel_audit.postgres.reader import AuditReader
 from astrocyte_otel_audit.postgres.statements import statement
 from astrocyte_otel_audit.postgres.sweep import sweep_key
 
@@ -143,13 +142,10 @@ class AuditHolds(AuditReader):
     @contextmanager
     def _changing(self) -> Iterator[psycopg.Cursor[Any]]:
         try:
-            with self._connection(self._answer_seconds) as connection, connection.transaction():
-                cursor = plain_cursor(connection)
-                cursor.execute(self._settings, prepare=False)
+            with self._in_transaction() as cursor:
                 yield cursor
-        except psycopg.Error as error:
-            fault = classify(error)
-            raise _in_own_words(DatabaseUnavailableError(fault.reason, fault.sqlstate)) from None
+        except DatabaseUnavailableError as error:
+            raise _in_own_words(error) from None
 
 
 def _in_own_words(error: DatabaseUnavailableError) -> DatabaseUnavailableError:

@@ -11,8 +11,7 @@ import os
 import secrets
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -20,11 +19,8 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.postgres.connection import OwnConnection
 from astrocyte_otel_audit.postgres.encoding import columns
-from astrocyte_otel_audit.postgres.faults import classify
-from astrocyte_otel_audit.postgres.reader import plain_cursor
 from astrocyte_otel_audit.postgres.statements import migrations, statement
 from astrocyte_otel_audit.postgres.table import AuditTable
 from astrocyte_otel_audit.record import AuditRecord, record_id
@@ -247,17 +243,6 @@ class AuditInspector(AuditTable):
 
     def _indexes(self) -> list[tuple[Any, ...]]:
         return self._read("inspection/indexes", self._names(), self.schema)
-
-    @contextmanager
-    def _in_transaction(self) -> Iterator[psycopg.Cursor[Any]]:
-        try:
-            with self._connection(self._answer_seconds) as connection, connection.transaction():
-                cursor = plain_cursor(connection)
-                cursor.execute(self._settings, prepare=False)
-                yield cursor
-        except psycopg.Error as error:
-            fault = classify(error)
-            raise DatabaseUnavailableError(fault.reason, fault.sqlstate) from None
 
 
 def canary_record(now: datetime) -> AuditRecord:

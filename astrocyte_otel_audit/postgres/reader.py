@@ -191,15 +191,27 @@ class AuditReader:
 
     def _read(self, name: str, parameters: dict[str, Any], schema: str | None) -> list[tuple[Any, ...]]:
         schema = self.schema if schema is None else settings.identifier(schema, "schema")
+        with self._in_transaction() as cursor:
+            cursor.execute("SET LOCAL transaction_read_only = on", prepare=False)
+            return cursor.execute(statement(name, schema, self.table), parameters, prepare=False).fetchall()
+
+    @contextmanager
+    def _in_transaction(self) -> Iterator[psycopg.Cursor[Any]]:
+        """Give a transaction with our settings; whatever Postgres refuses in it is a `DatabaseUnavailableError`."""
         try:
-            with self._connection(self._answer_seconds) as connection, connection.transaction():
-                cursor = plain_cursor(connection)
-                cursor.execute(self._settings, prepare=False)
-                cursor.execute("SET LOCAL transaction_read_only = on", prepare=False)
-                return cursor.execute(statement(name, schema, self.table), parameters, prepare=False).fetchall()
+            with self._transaction() as cursor:
+                yield cursor
         except psycopg.Error as error:
             fault = classify(error)
             raise DatabaseUnavailableError(fault.reason, fault.sqlstate) from None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[psycopg.Cursor[Any]]:
+        """Give a transaction with our settings."""
+        with self._connection(self._answer_seconds) as connection, connection.transaction():
+            cursor = plain_cursor(connection)
+            cursor.execute(self._settings, prepare=False)
+            yield cursor
 
     @contextmanager
     def _connection(self, answer_seconds: float | None = None) -> Iterator[psycopg.Connection[Any]]:

@@ -18,7 +18,7 @@ from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.postgres.dropping import Kept, drop_expired
 from astrocyte_otel_audit.postgres.faults import Fault, FaultClass, classify
 from astrocyte_otel_audit.postgres.partitions import make_ahead
-from astrocyte_otel_audit.postgres.reader import AuditReader, plain_cursor
+from astrocyte_otel_audit.postgres.reader import AuditReader
 from astrocyte_otel_audit.postgres.statements import statement
 from astrocyte_otel_audit.retention import ACTION, Cutoffs
 
@@ -251,9 +251,7 @@ class AuditSweeper(AuditReader):
     @contextmanager
     def _sweeping(self, schema: str) -> Iterator[psycopg.Cursor[Any] | None]:
         """Give a transaction beside which nobody else sweeps the schema or adds a hold; None where somebody does."""
-        with self._connection(self._answer_seconds) as connection, connection.transaction():
-            cursor = plain_cursor(connection)
-            cursor.execute(self._settings, prepare=False)
+        with self._transaction() as cursor:
             cursor.execute("SELECT set_config('lock_timeout', %s, true)", [_LOCK_TIMEOUT], prepare=False)
             # Of the transaction, not of the session: a transaction pooler gives the next one another session. And a
             # statement of its own, so that what comes after it sees the holds of whoever had the lock before.
