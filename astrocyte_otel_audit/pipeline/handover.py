@@ -71,15 +71,13 @@ class Handover(Intake):
     def start(self) -> None:
         """Do nothing: there is nothing beside the callers."""
 
-    def flush(self, timeout_seconds: float) -> bool:
+    def _flush_now(self, timeout_seconds: float) -> bool:
         """Wait until another process has written what is in the spool now.
 
         Returns:
             True only if every operation accepted before the call is in the table: no more, once one was set aside or
-            can't be read. False at the timeout, and in a signal's handler that has interrupted a call into here.
+            can't be read. False at the timeout.
         """
-        if self._is_inside():
-            return False
         with self._lock:
             if self._deadline is not None:  # nobody says any more how far another process has come
                 return self._was_all and not self._acknowledged.refused
@@ -92,25 +90,17 @@ class Handover(Intake):
         # What the disk did not take is in memory, where no other process finds it.
         return is_there and not self._spool.in_memory and not self._acknowledged.refused
 
-    def stop(self, timeout_seconds: float) -> int:  # noqa: ARG002 - nobody has to be waited for
+    def _stop_now(self, timeout_seconds: float) -> int:  # noqa: ARG002 - nobody has to be waited for
         """Refuse new operations, and let go of the files: what was accepted is in them, unless the disk has failed.
-
-        In a signal's handler that has interrupted a call into here, when that call ends.
 
         Returns:
             How many accepted operations the disk did not take: they are lost, and are said to be.
         """
-        if self._is_inside():
-            self._put_off.append(self._stop)
-            return self._spool.in_memory
-        return self._stop()
-
-    def _stop(self) -> int:
         with self._lock:
             first, self._deadline = self._deadline is None, self._clock()
             if first:
                 self._backlog.close_gap()
-                self._lost = self._spool.in_memory
+                self._lost = self._left()
                 self._was_all = self._look() >= self._spool.end() and not self._lost
                 self._backlog.close()
         self._say()
@@ -137,6 +127,9 @@ class Handover(Intake):
                 "unreadable": self._counts["unreadable"],
                 "spool_bytes": self._spool.bytes,
             }
+
+    def _left(self) -> int:
+        return self._spool.in_memory
 
     def _take_in(self, captured: Captured, line: bytes) -> str | None:
         if not self._backlog.has_room() and (now := self._clock()) >= self._tend_at:

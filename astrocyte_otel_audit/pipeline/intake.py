@@ -147,17 +147,36 @@ class Intake(ABC):
     def start(self) -> None:
         """Begin with whatever is to be done beside the callers."""
 
-    @abstractmethod
     def flush(self, timeout_seconds: float) -> bool:
-        """Say, within that time, whether every operation accepted before the call is in the table."""
+        """Say, within that time, whether every operation accepted before the call is in the table.
 
-    @abstractmethod
+        False at once in a signal's handler that has interrupted a call into here.
+        """
+        return not self._is_inside() and self._flush_now(timeout_seconds)
+
     def stop(self, timeout_seconds: float) -> int:
-        """Refuse new operations, and return how many accepted ones are not in the table by then."""
+        """Refuse new operations, and return how many accepted ones are not safe by then.
+
+        Harmless when repeated. In a signal's handler that has interrupted a call into here, it is done when that ends.
+        """
+        if self._is_inside():
+            self._put_off.append(partial(self._stop_now, timeout_seconds))
+            return self._left()
+        return self._stop_now(timeout_seconds)
 
     @abstractmethod
     def stats(self) -> dict[str, int]:
         """Return counts since the start of the process."""
+
+    @abstractmethod
+    def _flush_now(self, timeout_seconds: float) -> bool: ...
+
+    @abstractmethod
+    def _stop_now(self, timeout_seconds: float) -> int: ...
+
+    @abstractmethod
+    def _left(self) -> int:
+        """Return how many accepted operations would not be safe if it ended now."""
 
     # With the lock held.
 

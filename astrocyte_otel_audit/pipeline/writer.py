@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
-from functools import partial
 
 from astrocyte_otel_audit.pipeline.backlog import Entry
 from astrocyte_otel_audit.pipeline.delivery import Delivered, Delivery
@@ -84,16 +83,13 @@ class Writer(Intake):
         with self._lock:
             self._start_thread()
 
-    def flush(self, timeout_seconds: float) -> bool:
+    def _flush_now(self, timeout_seconds: float) -> bool:
         """Write what waits now, without the usual delay.
 
         Returns:
             True only if every record accepted before the call is in the table: no more, once one was set aside or
-            lost. False at the timeout, and as soon as it is clear that one can't get there; at once, too, in a
-            signal's handler that has interrupted a call into here.
+            lost. False at the timeout, and as soon as it is clear that one can't get there.
         """
-        if self._is_inside():
-            return False
         with self._lock:
             self._backlog.close_gap()
             self._catch_up()
@@ -110,23 +106,16 @@ class Writer(Intake):
             failed = self._counts["set_aside"] + self._counts["lost"] + self._backlog.damaged
             return self._oldest_unsettled() >= goal and not failed
 
-    def stop(self, timeout_seconds: float) -> int:
+    def _stop_now(self, timeout_seconds: float) -> int:
         """Refuse new records, write what waits until the deadline, end the thread and close the exporter.
 
-        Harmless when repeated, also from a signal's handler: where that has interrupted a call into here, it is done
-        when that call ends. Returns by the deadline, even where a server that doesn't answer holds the thread: that
-        closes its connection when it is let go.
+        Returns by the deadline, even where a server that doesn't answer holds the thread: that closes its connection
+        when it is let go.
 
         Returns:
             How many accepted records were not written by then: they stay in the spool, or are lost where there is
             none, and are said to be.
         """
-        if self._is_inside():
-            self._put_off.append(partial(self._stop, timeout_seconds))
-            return self._backlog.unsettled()
-        return self._stop(timeout_seconds)
-
-    def _stop(self, timeout_seconds: float) -> int:
         with self._lock:
             first = self._deadline is None
             if self._deadline is None:
@@ -143,7 +132,7 @@ class Writer(Intake):
                 self._close()
         with self._lock:
             self._given_up = True
-            left = self._backlog.unsettled()
+            left = self._left()
         if first and left and self._thread is threading.current_thread():
             pass  # it will write what it can, once this call has returned
         elif first and left and self._spool.root is not None:
@@ -193,6 +182,9 @@ class Writer(Intake):
             self._changed.notify_all()
         if self._thread is None:
             self._start_thread()
+
+    def _left(self) -> int:
+        return self._backlog.unsettled()
 
     def _wait_for_room(self, seconds: float) -> None:
         self._changed.wait_for(lambda: self._backlog.has_room() or self._ended, seconds)
