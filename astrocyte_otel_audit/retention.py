@@ -129,19 +129,27 @@ def resolve_retention(given: Retention = None) -> RetentionPolicy | None:
         raise ConfigurationError(
             "retention", f"got {settings.shown(given)}; accepted is a RetentionPolicy, a number of days, or False"
         )
-    said = {name: settings.resolve(f"retention_{name}") for name in RetentionPolicy.__dataclass_fields__}
+    said = said_by_environment()
     if given is not None:
         said["days"] = given
     if said["days"] is None and not said["actions"] and not said["banks"]:
         return None
-    if said["days"] == settings.FOREVER:
-        said["days"] = None
     try:
-        return RetentionPolicy(**said)
+        return policy_saying(said)
     except ConfigurationError as error:
         name, bracket, key = error.source.partition("[")
         source = f"{settings.PREFIX}RETENTION_{name.upper()}" if given is None or name != "days" else "retention"
         raise ConfigurationError(source, (f"of {key.rstrip(']')}: " if bracket else "") + error.problem) from None
+
+
+def said_by_environment() -> dict[str, Any]:
+    """Return what the environment says of each of a policy's arguments, days as ``forever`` too."""
+    return {name: settings.resolve(f"retention_{name}") for name in RetentionPolicy.__dataclass_fields__}
+
+
+def policy_saying(said: Mapping[str, Any]) -> RetentionPolicy:
+    """Return the policy of such arguments; raises ConfigurationError as it does."""
+    return RetentionPolicy(**{**said, "days": None if said["days"] == settings.FOREVER else said["days"]})
 
 
 def _floor(minimum: int | str | None) -> int:

@@ -54,12 +54,20 @@ class Setting(NamedTuple):
         environ = os.environ if environ is None else environ
         for variable in self.variables:
             if text := environ.get(variable, "").strip():
-                try:
-                    parsed = self.parse(text)
-                except ValueError:
-                    parsed = text  # refused below, with what is accepted
-                return self.accept(parsed, variable)
+                return self.read(text, variable)
         return self.default
+
+    def read(self, text: str, source: str) -> Any:
+        """Return the value that a text says, of a variable or of a command's option.
+
+        Raises:
+            ConfigurationError: naming the source that holds an unusable value.
+        """
+        try:
+            parsed = self.parse(text)
+        except ValueError:
+            parsed = text  # refused below, with what is accepted
+        return self.accept(parsed, source)
 
 
 def identifier(value: object, source: str, *, longest: int = 63) -> str:

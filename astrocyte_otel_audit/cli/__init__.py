@@ -10,7 +10,7 @@ import typer
 from astrocyte_otel_audit._version import __version__
 from astrocyte_otel_audit.cli import holds, records, retention, setup, spool
 from astrocyte_otel_audit.cli.options import UNAVAILABLE, WRONG_USAGE, fail
-from astrocyte_otel_audit.errors import AuditError, ConfigurationError, DatabaseUnavailableError
+from astrocyte_otel_audit.errors import AuditError, ConfigurationError
 from astrocyte_otel_audit.postgres import classify
 
 app = typer.Typer(
@@ -40,12 +40,10 @@ def run() -> None:
         app()
     except ConfigurationError as error:
         fail(str(error), WRONG_USAGE)
-    except DatabaseUnavailableError as error:
+    except AuditError as error:
         fail(str(error), UNAVAILABLE)
     except psycopg.Error as error:
         fail(str(classify(error)), UNAVAILABLE)
-    except AuditError as error:
-        fail(str(error), UNAVAILABLE)
 
 
 @app.callback(invoke_without_command=True)

@@ -16,9 +16,8 @@ from astrocyte_otel_audit.pipeline.captured import Captured
 from astrocyte_otel_audit.pipeline.directory import (
     ACKNOWLEDGED,
     SUFFIX,
-    destination_of,
     directories,
-    is_left_to_others,
+    header_of,
 )
 from astrocyte_otel_audit.pipeline.handover import MISSED_SECONDS
 from astrocyte_otel_audit.pipeline.segment import RECORD, frames, parse_captured
@@ -58,8 +57,9 @@ def _waiting(root: Path, destination: str, *, is_written: bool) -> Finding:
     late = [
         path
         for path in directories(root)
-        if is_left_to_others(path)
-        and destination_of(path) == destination
+        if (header := header_of(path)) is not None
+        and header.is_left_to_others
+        and header.destination == destination
         and time.time() - _waiting_since(path) > MISSED_SECONDS
     ]
     if not late:

@@ -22,9 +22,8 @@ from astrocyte_otel_audit.pipeline.directory import (
     GAP,
     LOCK,
     SUFFIX,
-    destination_of,
     directories,
-    is_left_to_others,
+    header_of,
     remove,
     try_lock,
     worded,
@@ -35,6 +34,7 @@ from astrocyte_otel_audit.pipeline.segment import (
     PROVISIONAL,
     FileSegment,
     Frame,
+    Header,
     Segment,
     frames,
     parse_captured,
@@ -361,7 +361,7 @@ def adopt(root: Path, destinations: Collection[str] | None) -> Iterator[SpoolRea
         root: the spool's directory.
         destinations: where their operations belong; None for any.
     """
-    for path in _with_destination(root, destinations):
+    for path, _ in _with_destination(root, destinations):
         with contextlib.suppress(FileNotFoundError):  # somebody else has cleared it away since it was listed
             if (lock := try_lock(path / LOCK)) is None:
                 continue
@@ -379,16 +379,18 @@ def tail(root: Path, destinations: Collection[str], known: Collection[Path]) -> 
         destinations: where their operations belong.
         known: directories that are read already.
     """
-    for path in _with_destination(root, destinations):
+    for path, header in _with_destination(root, destinations):
         if path not in known:
             reader = SpoolReader(path, None)
             reader.look_after()
-            if not reader.is_alive or is_left_to_others(path):
+            if not reader.is_alive or (header is not None and header.is_left_to_others):
                 yield reader
 
 
-def _with_destination(root: Path, destinations: Collection[str] | None) -> Iterator[Path]:
+def _with_destination(root: Path, destinations: Collection[str] | None) -> Iterator[tuple[Path, Header | None]]:
     for path in sorted(directories(root)):
         with contextlib.suppress(FileNotFoundError):
-            if destinations is None or not any(path.glob(f"*{SUFFIX}")) or destination_of(path) in destinations:
-                yield path
+            header = header_of(path)
+            said = None if header is None else header.destination
+            if destinations is None or not any(path.glob(f"*{SUFFIX}")) or said in destinations:
+                yield path, header

@@ -154,23 +154,20 @@ def clear_unfinished(root: Path) -> None:
                     os.close(lock)
 
 
-def destination_of(path: Path) -> str | None:
-    """Return where the operations of a process's directory belong; None where none of its segments says so."""
-    header = next(_headers(path), None)
-    return None if header is None else header.destination
-
-
-def is_left_to_others(path: Path) -> bool:
-    """Say whether a process leaves writing to another one, as far as any of its segments says so."""
-    return any(header.is_left_to_others for header in _headers(path))
-
-
-def _headers(path: Path) -> Iterator[Header]:
+def header_of(path: Path) -> Header | None:
+    """Return what the segments of a process's directory say of themselves, all alike; None where none can be read."""
     for segment in sorted(path.glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError), segment.open("rb") as file:
             for frame in frames(file.readline()):
                 if frame.kind == HEADER and (header := parse_header(frame.content)) is not None:
-                    yield header
+                    return header
+    return None
+
+
+def destination_of(path: Path) -> str | None:
+    """Return where the operations of a process's directory belong; None where none of its segments says so."""
+    header = header_of(path)
+    return None if header is None else header.destination
 
 
 @contextlib.contextmanager
