@@ -38,8 +38,9 @@ def _names(schema: str, table: str) -> dict[str, sql.Composable]:
     # An index lives in its table's schema; for the default table the names are upstream's own.
     for index in ("bank_started_idx", "action_started_idx", "started_idx", "trace_idx", "recorded_idx"):
         names[index] = sql.Identifier(f"{table}_{index}")
-    # A condition that several statements share.
-    names["kept"] = sql.SQL(_text("retention/kept")).format(holds=names["holds"])
+    # What several statements share.
+    for part in ("override", "fits", "kept"):
+        names[part] = sql.SQL(_text(f"retention/{part}")).format(**names)
     return names
 
 

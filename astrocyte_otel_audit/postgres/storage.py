@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.postgres.holds import Hold
 from astrocyte_otel_audit.postgres.reader import AuditReader
+from astrocyte_otel_audit.postgres.sweep import as_cutoff, exceptions
 from astrocyte_otel_audit.retention import Cutoffs, RetentionPolicy
 
 #: Rows that are counted; of more, it is said that they are more.
@@ -132,9 +133,7 @@ class AuditStorage(AuditReader):
 
     def _expired(self, cutoffs: Cutoffs, held: Sequence[Hold], schema: str) -> Count:
         parameters: dict[str, Any] = {
-            "cap": CAP, "newest": cutoffs.newest, "default": _instant(cutoffs.default),
-            "actions": list(cutoffs.actions), "action_cutoffs": [*map(_instant, cutoffs.actions.values())],
-            "banks": list(cutoffs.banks), "bank_cutoffs": [*map(_instant, cutoffs.banks.values())],
+            "cap": CAP, "newest": cutoffs.newest, "default": as_cutoff(cutoffs.default), **exceptions(cutoffs),
             "held_banks": [hold.bank_id for hold in held], "held_actors": [hold.actor_id for hold in held],
             "held_traces": [hold.trace_id for hold in held],
         }  # fmt: skip
@@ -155,11 +154,6 @@ class AuditStorage(AuditReader):
             if error.sqlstate in _NOT_TO_BE_SEEN:
                 return None
             raise
-
-
-def _instant(cutoff: datetime | None) -> str:
-    """Return a cutoff as Postgres reads it: what is kept for ever began before all time."""
-    return "-infinity" if cutoff is None else cutoff.isoformat()
 
 
 def _capped(rows: list[tuple[Any, ...]]) -> Count:

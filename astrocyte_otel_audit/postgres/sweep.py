@@ -308,11 +308,16 @@ def _newer(cutoffs: Mapping[str, datetime | None], default: datetime | None) -> 
 
 
 def exceptions(cutoffs: Cutoffs) -> dict[str, Any]:
-    """Return the parameters of the condition in ``retention/kept.sql``."""
+    """Return the parameters of ``retention/override.sql``."""
     return {
-        "actions": list(cutoffs.actions), "action_cutoffs": list(cutoffs.actions.values()),
-        "banks": list(cutoffs.banks), "bank_cutoffs": list(cutoffs.banks.values()),
+        "actions": list(cutoffs.actions), "action_cutoffs": [*map(as_cutoff, cutoffs.actions.values())],
+        "banks": list(cutoffs.banks), "bank_cutoffs": [*map(as_cutoff, cutoffs.banks.values())],
     }  # fmt: skip
+
+
+def as_cutoff(cutoff: datetime | None) -> str:
+    """Return a cutoff as Postgres reads it: what is kept for ever began before all time."""
+    return "-infinity" if cutoff is None else cutoff.isoformat()
 
 
 def sweep_key(schema: str, table: str) -> int:
