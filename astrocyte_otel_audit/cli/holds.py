@@ -22,6 +22,7 @@ from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.postgres.holds import AuditHolds, Hold
 from astrocyte_otel_audit.view.records import as_json
 from astrocyte_otel_audit.view.retention import criteria, holds_table
+from astrocyte_otel_audit.view.tables import moment
 
 app = typer.Typer(
     help="Keep records from being deleted, whatever the retention policy says, and let them go again.",
@@ -102,7 +103,7 @@ def release_hold(
     elif json:
         print(as_json(hold))
     else:
-        print(f"hold {hold.id}, of {criteria(hold)}, was released at {hold.released_at:%Y-%m-%d %H:%M:%S} UTC")
+        print(f"hold {hold.id}, of {criteria(hold)}, was released at {moment(hold.released_at)} UTC")
 
 
 def _fits(holds: AuditHolds, hold: Hold) -> bool | None:

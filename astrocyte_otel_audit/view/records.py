@@ -14,6 +14,7 @@ from rich.text import Text
 from astrocyte_otel_audit.postgres import SetAside
 from astrocyte_otel_audit.record import AuditRecord
 from astrocyte_otel_audit.view.inert import inert
+from astrocyte_otel_audit.view.tables import cells, moment, new_table
 
 _OUTCOME_STYLES = {"success": "green", "failure": "bold red", "unknown": "yellow"}
 
@@ -34,7 +35,7 @@ def _outcome(record: AuditRecord) -> Text:
 
 #: Columns by name. A trace that was not sampled is dim: there is nothing to open in a trace backend.
 _COLUMNS: dict[str, _Cell] = {
-    "started (UTC)": lambda record: Text(f"{record.started_at:%Y-%m-%d %H:%M:%S}"),
+    "started (UTC)": lambda record: Text(moment(record.started_at)),
     "action": _plain(lambda record: record.action),
     "bank": _plain(lambda record: record.bank_id),
     "outcome": _outcome,
@@ -64,7 +65,7 @@ def records_table(records: Iterable[AuditRecord], columns: Sequence[str]) -> Tab
         records: in the order to show.
         columns: names out of `LIST_COLUMNS`, and ``transport``.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = new_table()
     for column in columns:
         table.add_column(column, no_wrap=column in ("id", "trace", "started (UTC)", "duration"), overflow="fold")
     for record in records:
@@ -97,12 +98,12 @@ def record_details(record: AuditRecord) -> RenderableType:
 
 def set_aside_table(refused: Iterable[SetAside]) -> Table:
     """Return the records that the table refused, with the reasons."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = new_table()
     for column in ("set aside (UTC)", "action", "reason", "SQLSTATE", "id"):
         table.add_column(column, no_wrap=column in ("id", "set aside (UTC)"), overflow="fold")
     for row in refused:
-        cells = (f"{row.set_aside_at:%Y-%m-%d %H:%M:%S}", row.action, row.reason, row.sqlstate or "–", row.id)
-        table.add_row(*(Text(inert(cell)) for cell in cells))
+        texts = (moment(row.set_aside_at), row.action, row.reason, row.sqlstate or "–", row.id)
+        table.add_row(*cells(texts))
     return table
 
 

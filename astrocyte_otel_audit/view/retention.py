@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from datetime import datetime
 
 from rich.table import Table
-from rich.text import Text
 
 from astrocyte_otel_audit.postgres.holds import Hold
 from astrocyte_otel_audit.postgres.sweep import Expiring, Swept
 from astrocyte_otel_audit.view.inert import inert
+from astrocyte_otel_audit.view.tables import cells, moment, new_table
 
 #: Partitions of a rule that a line names; the others are counted.
 _NAMED = 3
@@ -22,11 +21,11 @@ def holds_table(holds: Iterable[Hold]) -> Table:
     """Return holds as a table, one line each."""
     table = _table("id", "bank", "actor", "trace", "reason", "held (UTC)", "by", "released (UTC)", "by")
     for hold in holds:
-        cells = (
+        texts = (
             str(hold.id), hold.bank_id or "any", hold.actor_id or "any", hold.trace_id or "any", hold.reason,
-            _instant(hold.held_at), hold.held_by, _instant(hold.released_at), hold.released_by or "–",
+            moment(hold.held_at), hold.held_by, moment(hold.released_at), hold.released_by or "–",
         )  # fmt: skip
-        table.add_row(*_cells(cells, "" if hold.released_at is None else "dim"))
+        table.add_row(*cells(texts, "" if hold.released_at is None else "dim"))
     return table
 
 
@@ -40,11 +39,11 @@ def expiring_table(expiring: Iterable[Expiring]) -> Table:
     """Return what a sweep would delete, a line each schema and rule."""
     table = _table("schema", "by the rule", "rows", "oldest (UTC)", "newest (UTC)", "partitions", right="rows")
     for row in expiring:
-        cells = (
-            row.schema, row.rule, f"{row.rows:,}", _instant(row.oldest), _instant(row.newest),
+        texts = (
+            row.schema, row.rule, f"{row.rows:,}", moment(row.oldest), moment(row.newest),
             _listed(row.partitions),
         )  # fmt: skip
-        table.add_row(*_cells(cells))
+        table.add_row(*cells(texts))
     return table
 
 
@@ -54,11 +53,11 @@ def swept_table(swept: Iterable[Swept]) -> Table:
         "schema", "rows", "set aside", "oldest (UTC)", "newest (UTC)", "partitions", "unfinished", right="rows"
     )
     for row in swept:
-        cells = (
-            row.schema, f"{row.rows:,}", f"{row.set_aside:,}", _instant(row.oldest), _instant(row.newest),
+        texts = (
+            row.schema, f"{row.rows:,}", f"{row.set_aside:,}", moment(row.oldest), moment(row.newest),
             _listed(row.dropped), unfinished(row) or "–",
         )  # fmt: skip
-        table.add_row(*_cells(cells))
+        table.add_row(*cells(texts))
     return table
 
 
@@ -78,19 +77,11 @@ def unfinished(swept: Swept) -> str:
 
 
 def _table(*columns: str, right: str = "id") -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = new_table()
     for column in columns:
         is_short = column in ("id", "rows") or column.endswith("(UTC)")
         table.add_column(column, no_wrap=is_short, overflow="fold", justify="right" if column == right else "left")
     return table
-
-
-def _cells(texts: Iterable[str], style: str = "") -> list[Text]:
-    return [Text(inert(text), style=style) for text in texts]
-
-
-def _instant(instant: datetime | None) -> str:
-    return "–" if instant is None else f"{instant:%Y-%m-%d %H:%M:%S}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -10,11 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from astrocyte_otel_audit.view.inert import inert
+from astrocyte_otel_audit.view.tables import moment, new_table
 
 
 def spool_table(found: Iterable[NamedTuple]) -> Table:
     """Return what each process has in the spool, see `pipeline.replay.ProcessStatus`, one line each."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = new_table()
     for number, row in enumerate(found):
         values = row._asdict()
         if number == 0:
@@ -30,4 +31,4 @@ def _cell(value: object) -> Text:
         return Text("yes" if value else "no", style="green" if value else "yellow")
     if isinstance(value, int):
         return Text(f"{value:,}")
-    return Text(f"{value:%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else inert(str(value or "–")))
+    return Text(moment(value) if isinstance(value, datetime) else inert(str(value or "–")))

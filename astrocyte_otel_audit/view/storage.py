@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from astrocyte_otel_audit.postgres.storage import Count, Storage
 from astrocyte_otel_audit.view.inert import inert
+from astrocyte_otel_audit.view.tables import cells, moment, new_table
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 _BY = {0: "expired now", 1: "expired in 1 day"}
@@ -39,10 +39,10 @@ def storage_page(storage: Storage) -> RenderableType:
         ("table", f"{storage.schema}.{storage.table}"),
         ("rows", rows(storage.rows)),
         ("size", f"{size(sum(part for _, part in parts))}: " + ", ".join(f"{name} {size(n)}" for name, n in parts)),
-        ("oldest (UTC)", _instant(storage.oldest)),
-        ("newest (UTC)", _instant(storage.newest)),
+        ("oldest (UTC)", moment(storage.oldest)),
+        ("newest (UTC)", moment(storage.newest)),
         *((_BY.get(days, f"expired in {days} days"), rows(count)) for days, count in storage.expired.items()),
-        ("dead rows", f"about {storage.dead_rows:,}; last autovacuum {_instant(storage.last_autovacuum, 'never')}"),
+        ("dead rows", f"about {storage.dead_rows:,}; last autovacuum {moment(storage.last_autovacuum, 'never')}"),
         ("set aside", rows(storage.set_aside)),
         ("active holds", "can't be seen" if storage.holds is None else f"{storage.holds:,}"),
     ]
@@ -66,15 +66,11 @@ def storage_json(storage: Storage) -> str:
 
 
 def _partitions(storage: Storage) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = new_table()
     table.add_column("partition", overflow="fold")
     table.add_column("bounds", overflow="fold")
     table.add_column("rows", justify="right", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     for each in storage.partitions:
-        table.add_row(*(Text(inert(cell)) for cell in (each.name, each.bounds, rows(each.rows), size(each.bytes))))
+        table.add_row(*cells((each.name, each.bounds, rows(each.rows), size(each.bytes))))
     return table
-
-
-def _instant(instant: datetime | None, absent: str = "–") -> str:
-    return absent if instant is None else f"{instant:%Y-%m-%d %H:%M:%S}"
