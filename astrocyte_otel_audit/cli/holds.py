@@ -14,9 +14,9 @@ from astrocyte_otel_audit.cli.options import (
     Schema,
     TableName,
     fail,
-    new_console,
     opened,
     say,
+    show_found,
 )
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.postgres.holds import AuditHolds, Hold
@@ -73,13 +73,7 @@ def list_holds(
     """
     with opened(AuditHolds, dsn, schema, table) as holds:
         found = holds.list(include_released=all_)
-    if json:
-        for hold in found:
-            print(as_json(hold))
-    elif found:
-        new_console().print(holds_table(found))
-    else:
-        say("nothing is held")
+    show_found(found, holds_table, "nothing is held", json=json)
 
 
 @app.command(name="release")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, NamedTuple, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.embedded import SCHEME, embedded_postgres
 from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.postgres import AuditReader, OwnConnection
+from astrocyte_otel_audit.view.records import as_json
 
 #: Exit codes beside 0; a usage error is 2, as everywhere.
 NOT_FOUND, WRONG_USAGE, UNAVAILABLE = 1, 2, 3
@@ -24,6 +25,7 @@ NOT_FOUND, WRONG_USAGE, UNAVAILABLE = 1, 2, 3
 NOT_DONE = 1
 
 _Log = TypeVar("_Log", bound=AuditReader)
+_Row = TypeVar("_Row", bound=NamedTuple)
 
 Dsn = Annotated[
     str | None,
@@ -88,6 +90,19 @@ def new_console() -> Console:
     """Return a console for output."""
     # A pipe has no width of its own: rich would take 80 columns and fold what another program reads by lines.
     return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def show_found(
+    found: Sequence[_Row], as_table: Callable[[Sequence[_Row]], RenderableType], nothing: str, *, json: bool
+) -> None:
+    """Show what was found: a line of JSON each, or as a table; where there is nothing, that is said."""
+    if json:
+        for row in found:
+            print(as_json(row))
+    elif found:
+        new_console().print(as_table(found))
+    else:
+        say(nothing)
 
 
 def say(remark: str) -> None:

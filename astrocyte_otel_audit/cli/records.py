@@ -18,6 +18,7 @@ from astrocyte_otel_audit.cli.options import (
     new_console,
     opened,
     say,
+    show_found,
 )
 from astrocyte_otel_audit.postgres import AuditTable, Cursor
 from astrocyte_otel_audit.view import records as view
@@ -96,10 +97,4 @@ def list_set_aside(
     """List the records that the table refused, newest first, each with the reason. --json has all of a record."""
     with opened(AuditTable, dsn, schema, table) as audit_table:
         refused = audit_table.set_aside(limit)
-    if json:
-        for row in refused:
-            print(view.as_json(row))
-    elif refused:
-        new_console().print(view.set_aside_table(refused))
-    else:
-        say("nothing was set aside")
+    show_found(refused, view.set_aside_table, "nothing was set aside", json=json)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from astrocyte_otel_audit import settings
-from astrocyte_otel_audit.cli.options import Dsn, Json, Schema, TableName, database, new_console, say
+from astrocyte_otel_audit.cli.options import Dsn, Json, Schema, TableName, database, say, show_found
 from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.pipeline import AuditSpanExporter
 from astrocyte_otel_audit.pipeline.replay import replay, status
@@ -42,13 +42,7 @@ def spool_status(spool_dir: SpoolDir = None, json: Json = False) -> None:
     """
     root = _spool_root(spool_dir)
     found = list(status(root))
-    if json:
-        for row in found:
-            print(view.as_json(row))
-    elif found:
-        new_console().print(spool_table(found))
-    else:
-        say(f"the spool {root} is empty")
+    show_found(found, spool_table, f"the spool {root} is empty", json=json)
 
 
 @app.command(name="replay")

@@ -13,7 +13,8 @@ from psycopg import sql
 
 from astrocyte_otel_audit.errors import AuditError
 from astrocyte_otel_audit.postgres.layout import Unit, period
-from astrocyte_otel_audit.postgres.partitions import ATTEMPTS, brief, tried
+from astrocyte_otel_audit.postgres.migrate import brief
+from astrocyte_otel_audit.postgres.partitions import ATTEMPTS, tried
 from astrocyte_otel_audit.postgres.statements import statement
 from astrocyte_otel_audit.postgres.switch import Target, switch
 

@@ -15,7 +15,8 @@ from psycopg import sql
 
 from astrocyte_otel_audit.postgres.faults import Fault
 from astrocyte_otel_audit.postgres.layout import Layout, layout, mark
-from astrocyte_otel_audit.postgres.partitions import ATTEMPTS, NOT_OWNER, SHORTEST_LOCK_SECONDS, Patience, brief
+from astrocyte_otel_audit.postgres.migrate import brief, try_lock
+from astrocyte_otel_audit.postgres.partitions import ATTEMPTS, NOT_OWNER, SHORTEST_LOCK_SECONDS, Patience
 from astrocyte_otel_audit.postgres.statements import statement
 
 
@@ -167,7 +168,4 @@ class _Dropper:
     def _alone(self) -> Iterator[psycopg.Cursor[Any] | None]:
         """Give a transaction beside which nobody deletes rows of this log, or None."""
         with brief(self.connection, self.lock_timeout_seconds) as cursor:
-            ((is_alone,),) = cursor.execute(
-                "SELECT pg_try_advisory_xact_lock(%s)", [self.key], prepare=False
-            ).fetchall()
-            yield cursor if is_alone else None
+            yield cursor if try_lock(cursor, self.key) else None

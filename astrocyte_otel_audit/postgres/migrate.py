@@ -39,7 +39,7 @@ def migrate(
     Raises:
         psycopg.Error: as it comes; `faults.classify` says what it means.
     """
-    with _transaction(connection, lock_timeout_seconds) as cursor:
+    with brief(connection, lock_timeout_seconds) as cursor:
         if not _pending(cursor, schema, table):
             return []
     with alone_in(connection, schema, lock_timeout_seconds) as cursor:
@@ -65,18 +65,30 @@ def alone_in(
         schema: the tenant's.
         lock_timeout_seconds: how long to wait for one lock.
     """
-    with _transaction(connection, lock_timeout_seconds) as cursor:
+    with brief(connection, lock_timeout_seconds) as cursor:
         # Transaction-scoped, so it also holds behind a transaction pooler and can't be left behind.
-        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_lock_key(schema)])
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_lock_key(schema)], prepare=False)
         yield cursor
 
 
 @contextmanager
-def _transaction(connection: psycopg.Connection[Any], lock_timeout_seconds: float) -> Iterator[psycopg.Cursor[Any]]:
+def brief(connection: psycopg.Connection[Any], lock_timeout_seconds: float) -> Iterator[psycopg.Cursor[Any]]:
+    """Give a transaction that waits for no lock for longer than so many seconds."""
     with connection.transaction():
         cursor = plain_cursor(connection)
-        cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{max(1, lock_timeout_seconds * 1000):.0f}ms"])
+        timeout = f"{max(1, lock_timeout_seconds * 1000):.0f}ms"
+        cursor.execute("SELECT set_config('lock_timeout', %s, true)", [timeout], prepare=False)
         yield cursor
+
+
+def try_lock(cursor: psycopg.Cursor[Any], key: int) -> bool:
+    """Take an advisory lock, unless somebody has it; return whether it is ours until the transaction ends.
+
+    Of the transaction, not of the session: a transaction pooler gives the next one another session. And a statement of
+    its own, so that what comes after it sees what whoever had the lock before has done.
+    """
+    ((is_ours,),) = cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", [key], prepare=False).fetchall()
+    return bool(is_ours)
 
 
 def _pending(cursor: psycopg.Cursor[Any], schema: str, table: str) -> bool:
@@ -89,7 +101,12 @@ def _missing(cursor: psycopg.Cursor[Any], schema: str, table: str) -> list[tuple
     return [(version, name) for version, name in migrations() if version not in done]
 
 
+def advisory_key(what: str) -> int:
+    """Return the key of the advisory lock that whoever does this, anywhere, has."""
+    digest = hashlib.sha256(f"astrocyte-otel-audit {what}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
 def _lock_key(schema: str) -> int:
     # Of the schema, not of the table: two tables of a new schema would both create it.
-    digest = hashlib.sha256(f"astrocyte-otel-audit {schema}".encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
+    return advisory_key(schema)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
@@ -13,8 +12,7 @@ import psycopg
 
 from astrocyte_otel_audit.postgres.faults import Fault, FaultClass, classify
 from astrocyte_otel_audit.postgres.layout import Layout, Period, layout, name_of, period, periods
-from astrocyte_otel_audit.postgres.migrate import alone_in
-from astrocyte_otel_audit.postgres.reader import plain_cursor
+from astrocyte_otel_audit.postgres.migrate import alone_in, brief
 from astrocyte_otel_audit.postgres.statements import statement
 
 #: How many periods after the current one have their partitions already.
@@ -167,16 +165,6 @@ class Patience:
             fault = classify(error)
             self.faults.append(fault._replace(reason=f"{name}: {fault.reason}"))
         return None
-
-
-@contextmanager
-def brief(connection: psycopg.Connection[Any], lock_timeout_seconds: float) -> Iterator[psycopg.Cursor[Any]]:
-    """Give a transaction that waits for no lock for long."""
-    with connection.transaction():
-        cursor = plain_cursor(connection)
-        timeout = f"{max(1, lock_timeout_seconds * 1000):.0f}ms"
-        cursor.execute("SELECT set_config('lock_timeout', %s, true)", [timeout], prepare=False)
-        yield cursor
 
 
 def _wanted(

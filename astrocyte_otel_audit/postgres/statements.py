@@ -11,9 +11,16 @@ _FILES = resources.files("astrocyte_otel_audit.postgres") / "sql"
 
 
 @lru_cache(maxsize=1024)
-def statement(name: str, schema: str, table: str, **roles: str) -> sql.Composed:
-    """Return the statement of ``sql/<name>.sql`` for one schema's table, and for roles if it is about some."""
-    return sql.SQL(_text(name)).format(**_names(schema, table), **_roles(roles))
+def statement(name: str, schema: str, table: str, **names: str) -> sql.Composed:
+    """Return the statement of ``sql/<name>.sql`` for one schema's table.
+
+    Args:
+        name: of the file.
+        schema, table: whose names are filled in.
+        names: others that it is about, such as a role's ``writer``: ``{writer}`` is that as an identifier, and
+            ``{writer_name}`` as a text.
+    """
+    return sql.SQL(_text(name)).format(**_names(schema, table), **_both(names))
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -44,6 +51,6 @@ def _names(schema: str, table: str) -> dict[str, sql.Composable]:
     return names
 
 
-def _roles(roles: dict[str, str]) -> dict[str, sql.Composable]:
-    names: dict[str, sql.Composable] = {kind: sql.Identifier(name) for kind, name in roles.items()}
-    return names | {f"{kind}_name": sql.Literal(name) for kind, name in roles.items()}
+def _both(names: dict[str, str]) -> dict[str, sql.Composable]:
+    filled: dict[str, sql.Composable] = {key: sql.Identifier(name) for key, name in names.items()}
+    return filled | {f"{key}_name": sql.Literal(name) for key, name in names.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.postgres.dropping import Kept, drop_expired
 from astrocyte_otel_audit.postgres.faults import Fault, FaultClass, classify
+from astrocyte_otel_audit.postgres.migrate import advisory_key, try_lock
 from astrocyte_otel_audit.postgres.partitions import make_ahead
 from astrocyte_otel_audit.postgres.reader import AuditReader
 from astrocyte_otel_audit.postgres.statements import statement
@@ -253,12 +253,7 @@ class AuditSweeper(AuditReader):
         """Give a transaction beside which nobody else sweeps the schema or adds a hold; None where somebody does."""
         with self._transaction() as cursor:
             cursor.execute("SELECT set_config('lock_timeout', %s, true)", [_LOCK_TIMEOUT], prepare=False)
-            # Of the transaction, not of the session: a transaction pooler gives the next one another session. And a
-            # statement of its own, so that what comes after it sees the holds of whoever had the lock before.
-            [(is_ours,)] = cursor.execute(
-                "SELECT pg_try_advisory_xact_lock(%s)", [sweep_key(schema, self.table)], prepare=False
-            ).fetchall()
-            yield cursor if is_ours else None
+            yield cursor if try_lock(cursor, sweep_key(schema, self.table)) else None
 
 
 class _Work(NamedTuple):
@@ -322,5 +317,4 @@ def as_cutoff(cutoff: datetime | None) -> str:
 
 def sweep_key(schema: str, table: str) -> int:
     """Return the key of the advisory lock that whoever sweeps a schema's table has, or adds a hold to it."""
-    digest = hashlib.sha256(f"astrocyte-otel-audit sweep {schema}.{table}".encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
+    return advisory_key(f"sweep {schema}.{table}")
