@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-from astrocyte_otel_audit import attributes
 from astrocyte_otel_audit.pipeline.adoption import SpoolReader, adopt, tail
 from astrocyte_otel_audit.pipeline.captured import Captured, to_record
 from astrocyte_otel_audit.pipeline.directory import SpoolError, clear_unfinished, in_words, worded
+from astrocyte_otel_audit.pipeline.gap import widened
 from astrocyte_otel_audit.pipeline.segment import (
     PIECE_BYTES,
     PROVISIONAL,
@@ -26,15 +25,10 @@ from astrocyte_otel_audit.pipeline.segment import (
     parse_captured,
 )
 from astrocyte_otel_audit.pipeline.spool import Spool, SpoolFullError
-from astrocyte_otel_audit.record import AuditRecord, record_id
-from astrocyte_otel_audit.storable import MAX_TEXT
+from astrocyte_otel_audit.record import AuditRecord
 
 _logger = logging.getLogger(__name__)
 
-#: Action of the row that stands for operations that could not be accepted.
-GAP_ACTION: Final = "audit.gap"
-_MISSING: Final = attributes.METADATA + "missing"
-_REASON: Final = attributes.METADATA + "reason"
 #: Most operations are smaller in the spool.
 _USUAL_BYTES = 1024
 
@@ -78,7 +72,6 @@ class Backlog:
         self._readers: list[SpoolReader] = []
         self._found: deque[Entry] = deque()
         self._gap: Captured | None = None
-        self._gaps = 0
         #: Operations accepted, taken out of here, and done with, whatever became of them. Those
         #: of other processes are accepted when they are taken.
         self.accepted = self.taken = self.settled = 0
@@ -148,7 +141,9 @@ class Backlog:
             place = self.spool.append(line, promised=promised or captured.id in self._held)
         except SpoolError as error:
             self.refusal = str(error)
-            self._widen_gap(captured)
+            self.refused += 1
+            self._gap = widened(self._gap, captured, self.refusal)
+            self._note_gap()
             return False
         self.accepted += 1
         if not self.unread:
@@ -431,24 +426,6 @@ class Backlog:
     def _hold(self, captured: Captured, *, synced: bool) -> None:
         place = self.spool.append(captured_frame(PROVISIONAL, captured), on_disk=True, synced=synced)
         self._held.setdefault(captured.id, []).append(place)
-
-    def _widen_gap(self, captured: Captured) -> None:
-        self.refused += 1
-        end_ns = captured.start_ns if captured.end_ns is None else captured.end_ns
-        gap = self._gap
-        if gap is None:
-            self._gaps += 1
-            gap = Captured(
-                record_id(int.from_bytes(os.urandom(16)), self._gaps, captured.start_ns), GAP_ACTION, None, "system",
-                None, "astrocyte-otel-audit", "system", "unknown", None, captured.start_ns, end_ns, None, None, None,
-                None, captured.service_name and captured.service_name[:MAX_TEXT], 0, {_MISSING: 0},
-            )  # fmt: skip
-        self._gap = gap._replace(
-            start_ns=min(gap.start_ns, captured.start_ns),
-            end_ns=max(gap.end_ns or end_ns, end_ns),
-            payload={_MISSING: gap.payload[_MISSING] + 1, _REASON: self.refusal},
-        )
-        self._note_gap()
 
     def _note_gap(self) -> None:
         with suppress(SpoolError):  # then it is in memory only

@@ -8,9 +8,10 @@ import threading
 import pytest
 
 from astrocyte_otel_audit.pipeline.acknowledgement import Acknowledged, read_acknowledged
-from astrocyte_otel_audit.pipeline.backlog import GAP_ACTION, Backlog
+from astrocyte_otel_audit.pipeline.backlog import Backlog
 from astrocyte_otel_audit.pipeline.captured import to_record
 from astrocyte_otel_audit.pipeline.directory import SpoolError
+from astrocyte_otel_audit.pipeline.gap import GAP_ACTION
 from astrocyte_otel_audit.pipeline.segment import RECORD, FileSegment, captured_frame, frames, parse_captured
 from astrocyte_otel_audit.pipeline.spool import Spool
 from tests.records import full_captured, full_record, full_records

@@ -17,8 +17,9 @@ from astrocyte_otel_audit.errors import DatabaseUnavailableError
 from astrocyte_otel_audit.pipeline import intake as intake_module
 from astrocyte_otel_audit.pipeline import writer as writer_module
 from astrocyte_otel_audit.pipeline.acknowledgement import read_acknowledged
-from astrocyte_otel_audit.pipeline.backlog import GAP_ACTION, Backlog, Entry
+from astrocyte_otel_audit.pipeline.backlog import Backlog, Entry
 from astrocyte_otel_audit.pipeline.captured import Captured
+from astrocyte_otel_audit.pipeline.gap import GAP_ACTION
 from astrocyte_otel_audit.pipeline.parking import Backoff
 from astrocyte_otel_audit.pipeline.segment import RECORD, captured_frame
 from astrocyte_otel_audit.pipeline.spool import Spool
