@@ -46,7 +46,7 @@ def _names(schema: str, table: str) -> dict[str, sql.Composable]:
     for index in ("bank_started_idx", "action_started_idx", "started_idx", "trace_idx", "recorded_idx"):
         names[index] = sql.Identifier(f"{table}_{index}")
     # What several statements share.
-    for part in ("override", "fits", "kept"):
+    for part in ("override", "fits", "kept", "due"):
         names[part] = sql.SQL(_text(f"retention/{part}")).format(**names)
     return names
 
