@@ -1,6 +1,7 @@
 """A TCP proxy before a Postgres: a network that fails when a test wants it to, and in the way that it wants."""
 
 import asyncio
+import contextlib
 import ctypes
 import socket
 import struct
@@ -29,10 +30,10 @@ class Proxy:
         self._reserved = self._bind(0)
         self.port = self._reserved.getsockname()[1]
         self._passing = {"request": asyncio.Event(), "answer": asyncio.Event()}
-        self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._links: set[asyncio.Task[None]] = set()
+        self._clients: set[asyncio.StreamWriter] = set()
         self._listening: socket.socket | None = None
-        self._server: asyncio.Server | None = None
-        self._dropping = False
+        self._dropping, self._cuts = False, 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
         self._thread.start()
@@ -102,19 +103,30 @@ class Proxy:
         self._dropping = False
         for passing in self._passing.values():
             passing.set()
-        if self._server is None:
+        if self._listening is None:
             self._listening = self._bind(self.port)
-            self._server = await asyncio.start_server(self._link, sock=self._listening)
+            self._listening.setblocking(False)
+            self._listening.listen()
+            self._loop.add_reader(self._listening, self._accept, self._listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        # Not asyncio.start_server: as it is closed, it forgets the connections that it has just accepted.
+        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # whoever wanted it has left
+            accepted, _ = listening.accept()
+            link = self._loop.create_task(self._link(accepted))
+            self._links.add(link)
+            link.add_done_callback(self._links.discard)
 
     async def _cut(self) -> None:
+        self._cuts += 1
         for client in self._open():
-            client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            client.transport.abort()
+            _reset(client)
 
     async def _refuse(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = self._listening = None
+        if self._listening is not None:
+            self._loop.remove_reader(self._listening)
+            self._listening.close()
+            self._listening = None
         await self._cut()
 
     async def _hold(self, *ways: str) -> None:
@@ -131,22 +143,25 @@ class Proxy:
         for passing in self._passing.values():
             passing.set()
         await self._refuse()
-        await asyncio.gather(*self._clients)
+        await asyncio.gather(*self._links)
 
     def _open(self) -> list[asyncio.StreamWriter]:
-        return [client for client in self._clients.values() if not client.is_closing()]
+        return [client for client in self._clients if not client.is_closing()]
 
     def _sockets(self) -> list[socket.socket]:
         clients = [client.get_extra_info("socket") for client in self._open()]
         return clients if self._listening is None else [self._listening, *clients]
 
-    async def _link(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._clients[task] = client
+    async def _link(self, accepted: socket.socket) -> None:
+        cuts = self._cuts
+        if self._dropping:
+            _drop(accepted)
+        reader, client = await asyncio.open_connection(sock=accepted)
+        self._clients.add(client)
         try:
-            if self._dropping:
-                _drop(client.get_extra_info("socket"))
+            if cuts != self._cuts:
+                _reset(client)
+                return
             answers, server = await asyncio.open_unix_connection(str(self.target))
             pumps = [
                 asyncio.create_task(self._pump("request", reader, server)),
@@ -161,7 +176,7 @@ class Proxy:
             pass
         finally:
             client.close()
-            del self._clients[task]
+            self._clients.remove(client)
 
     async def _pump(self, way: str, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         end = b""
@@ -189,6 +204,11 @@ def can_drop_packets() -> bool:
         except OSError:
             return False
     return sys.platform == "linux"
+
+
+def _reset(client: asyncio.StreamWriter) -> None:
+    client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    client.transport.abort()
 
 
 def _drop(each: socket.socket) -> None:
