@@ -18,6 +18,7 @@ __all__ = [
     "Normalizer",
     "RetentionPolicy",
     "SpanMapping",
+    "SpanPattern",
     "__version__",
     "audit_operation",
     "audit_scope",
@@ -33,7 +34,13 @@ if TYPE_CHECKING:
     from astrocyte_otel_audit.errors import AuditError, AuditUnavailableError, ConfigurationError
     from astrocyte_otel_audit.logger import AuditEntry, AuditLogger, get_default_audit_logger, set_default_audit_logger
     from astrocyte_otel_audit.normalize import Normalizer
-    from astrocyte_otel_audit.pipeline import AuditSampler, AuditSpanExporter, AuditSpanProcessor, SpanMapping
+    from astrocyte_otel_audit.pipeline import (
+        AuditSampler,
+        AuditSpanExporter,
+        AuditSpanProcessor,
+        SpanMapping,
+        SpanPattern,
+    )
     from astrocyte_otel_audit.record import AuditRecord
     from astrocyte_otel_audit.retention import RetentionPolicy
 else:
@@ -45,7 +52,7 @@ else:
         "errors": ("AuditError", "AuditUnavailableError", "ConfigurationError"),
         "logger": ("AuditEntry", "AuditLogger", "get_default_audit_logger", "set_default_audit_logger"),
         "normalize": ("Normalizer",),
-        "pipeline": ("AuditSampler", "AuditSpanExporter", "AuditSpanProcessor", "SpanMapping"),
+        "pipeline": ("AuditSampler", "AuditSpanExporter", "AuditSpanProcessor", "SpanMapping", "SpanPattern"),
         "record": ("AuditRecord",),
         "retention": ("RetentionPolicy",),
     }

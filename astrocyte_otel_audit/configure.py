@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,7 @@ from astrocyte_otel_audit.normalize import Normalizer
 from astrocyte_otel_audit.pipeline import AuditSampler, AuditSpanExporter, AuditSpanProcessor, SpanMapping, Storage
 from astrocyte_otel_audit.pipeline.exporter import Elsewhere
 from astrocyte_otel_audit.pipeline.spool import Fsync
+from astrocyte_otel_audit.pipeline.switch import EnabledFor
 from astrocyte_otel_audit.postgres import dsn_of_pool
 from astrocyte_otel_audit.retention import Retention, resolve_retention
 
@@ -38,7 +39,9 @@ def configure_audit(
     pool: object = None,
     storage: Storage | None = None,
     actions: Iterable[str] | None = None,
-    mappings: Iterable[SpanMapping | str] | None = None,
+    mappings: Iterable[SpanMapping | str | Mapping[str, Any]] | None = None,
+    enabled_for: EnabledFor | None = None,
+    actor_baggage: Iterable[str] | None = None,
     schema: str | Callable[[], str] | None = None,
     table: str | None = None,
     migrate: bool | None = None,
@@ -73,7 +76,13 @@ def configure_audit(
         pool: a `psycopg_pool.ConnectionPool` in place of `dsn`.
         storage: what keeps the records, in place of a table in Postgres.
         actions: what is audited: actions or globs. Nothing by default, ``"*"`` for all.
-        mappings: spans of other libraries that are audited too, such as ``["astrocyte"]``.
+        mappings: spans of other libraries that are audited too: presets by name, such as ``["astrocyte"]``, or
+            `SpanMapping`, or its arguments by name. The first that matches a span wins.
+        enabled_for: says of an allowed action and its bank whether it is audited: True, False, or None for the default,
+            which is that it is. It is called on your threads and should not wait; its answers are kept for a minute.
+            One that fails, and whatever is required, is audited.
+        actor_baggage: keys of OpenTelemetry baggage that say who acts, where nothing else does. As anybody may have
+            sent it, the row's metadata says ``actor_source: baggage``.
         schema: schema of the table, or a function to it that is called on the thread where an operation starts; the
             schema of an `audit_scope` goes first.
         table: name of the table.
@@ -108,10 +117,9 @@ def configure_audit(
         destination = settings.resolve("destination", destination) or settings.DEFAULT_DESTINATION
     exporter = AuditSpanExporter(
         dsn=dsn, pool=pool, storage=storage, actions=actions, mappings=mappings, schema=schema, table=table,
-        migrate=migrate, destination=destination, export_timeout_millis=export_timeout_millis,
+        migrate=migrate, destination=destination, export_timeout_millis=export_timeout_millis, normalizer=normalizer,
+        actor_baggage=actor_baggage, enabled_for=enabled_for,
     )  # fmt: skip
-    if normalizer is not None and not isinstance(normalizer, Normalizer):
-        raise ConfigurationError("normalizer", f"got a {type(normalizer).__name__}; accepted is a Normalizer")
     policy = resolve_retention(retention)
     sizes: dict[str, Any] = {
         "writer": writer,
@@ -202,7 +210,7 @@ def _wrap_sampler(provider: Any, exporter: AuditSpanExporter) -> None:
     kept = getattr(provider, "_tracers", None)
     tracers = list(kept.values()) if isinstance(kept, dict) else []
     tracers.append(provider.get_tracer(attributes.SCOPE_NAME, __version__))
-    tracers += [provider.get_tracer(mapping.scope) for mapping in selection.mappings if mapping.scope is not None]
+    tracers += [provider.get_tracer(scope) for mapping in selection.mappings for scope in mapping.scope_names]
     for tracer in tracers:
         if getattr(tracer, "sampler", None) is sampler:
             tracer.sampler = wrapped

@@ -79,6 +79,8 @@ class ScopeDefaults:
     transport: str | None = None
     bank_id: str | None = None
     schema: str | None = None
+    #: Who acts, as the caller asserts it in baggage: believed where nothing else says it.
+    asserted_actor_id: str | None = None
 
 
 NO_SCOPE: Final = ScopeDefaults()

@@ -148,6 +148,13 @@ def _mappings(value: object, source: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def _keys(value: object, source: str) -> tuple[str, ...]:
+    members = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else (None,)
+    if not all(isinstance(member, str) and member for member in members):
+        raise ConfigurationError(source, f"got {shown(value)}; accepted is a list of keys, such as ['enduser.id']")
+    return members
+
+
 def _days(value: object, source: str) -> int | str:
     if value != FOREVER and (type(value) is not int or value < 1):
         raise ConfigurationError(source, f"got {shown(value)}; accepted is a whole number of days, or {FOREVER!r}")
@@ -280,6 +287,13 @@ SETTINGS: Final[Mapping[str, Setting]] = {
             "actions", (), actions, "What is audited: actions or globs; none by default, '*' for all.", _comma_list
         ),
         _setting("mappings", (), _mappings, "Spans of others that are audited too: presets by name.", _comma_list),
+        _setting(
+            "actor_baggage",
+            (),
+            _keys,
+            "Keys of OpenTelemetry baggage that say who acts, where nothing else does.",
+            _comma_list,
+        ),
         _setting("schema", DEFAULT_SCHEMA, _schema, "Schema of the table where no tenant's is in scope."),
         _setting("table", DEFAULT_TABLE, _table, "Name of the table, the same in every schema."),
         _setting("migrate", False, boolean, "Create or upgrade missing tables, and tenants' schemas.", _parse_boolean),

@@ -17,7 +17,7 @@ from astrocyte_otel_audit.configure import _MIN_ATTRIBUTE_LENGTH, _MIN_ATTRIBUTE
 from astrocyte_otel_audit.doctor.examination import Examination
 from astrocyte_otel_audit.doctor.finding import Finding, failed, in_two, ok, warning
 from astrocyte_otel_audit.errors import ConfigurationError
-from astrocyte_otel_audit.pipeline.mapping import resolve_mappings
+from astrocyte_otel_audit.pipeline.presets import resolve_mappings
 from astrocyte_otel_audit.postgres.inspection import driver
 
 _DISTRIBUTION = "astrocyte-otel-audit"

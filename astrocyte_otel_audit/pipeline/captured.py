@@ -63,17 +63,17 @@ def to_record(captured: Captured) -> AuditRecord:
     return AuditRecord(
         captured.id,
         captured.action or "unknown",
-        _text(captured.transport) or UNKNOWN_TRANSPORT,
-        _text(captured.bank_id),
+        text_of(captured.transport) or UNKNOWN_TRANSPORT,
+        text_of(captured.bank_id),
         datetime_from_ns(captured.start_ns),
         None if captured.end_ns is None else datetime_from_ns(captured.end_ns),
         request or None,
         response or None,
         metadata,
         captured.outcome,
-        _text(captured.error_type),
-        _text(captured.actor_id),
-        _text(captured.actor_type),
+        text_of(captured.error_type),
+        text_of(captured.actor_id),
+        text_of(captured.actor_type),
         captured.trace_id,
         captured.span_id,
         captured.parent_span_id,
@@ -160,7 +160,8 @@ def normalized(payload: dict[str, Any]) -> dict[str, Any]:
     return normal
 
 
-def _text(value: object) -> str | None:
+def text_of(value: object) -> str | None:
+    """Return what a row says of an id, whatever the span holds; None for none."""
     if value is None or type(value) is str:
         return value
     # Another emitter's idea of an id. What Postgres can't store of it is the encoder's concern.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -19,10 +19,13 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, set_span_in_conte
 
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import ConfigurationError, DatabaseUnavailableError
+from astrocyte_otel_audit.normalize import Normalizer
 from astrocyte_otel_audit.pipeline.captured import to_record
-from astrocyte_otel_audit.pipeline.mapping import SpanMapping, resolve_mappings
+from astrocyte_otel_audit.pipeline.mapping import SpanMapping
+from astrocyte_otel_audit.pipeline.presets import resolve_mappings
 from astrocyte_otel_audit.pipeline.processes import call_in_forked_children
 from astrocyte_otel_audit.pipeline.selection import Selection
+from astrocyte_otel_audit.pipeline.switch import EnabledFor, Switch
 from astrocyte_otel_audit.pipeline.troubles import Troubles
 from astrocyte_otel_audit.postgres import Appended, AuditTable, Connections, Fault, OwnConnection, PooledConnections
 from astrocyte_otel_audit.postgres.sweep import AuditSweeper
@@ -86,6 +89,11 @@ class AuditSpanExporter(SpanExporter):
         migrate: create or upgrade missing tables, and schemas.
         destination: a name for where its records go: processes with the same one write each other's.
         export_timeout_millis: how long one statement may take.
+        normalizer: what may be stored of values that mappings take; `Normalizer` has the defaults.
+        actor_baggage: keys of OpenTelemetry baggage that say who acts, where nothing else does. Anybody may have sent
+            it: the row's metadata then says ``actor_source: baggage``.
+        enabled_for: says of an allowed action and its bank whether it is audited: True, False, or None for the default,
+            which is that it is. Called on the application's threads, and its answers are kept for a minute.
 
     Raises:
         ConfigurationError: an argument or variable that can't be used, or no place to write to.
@@ -98,15 +106,28 @@ class AuditSpanExporter(SpanExporter):
         pool: object = None,
         storage: Storage | None = None,
         actions: Iterable[str] | None = None,
-        mappings: Iterable[SpanMapping | str] | None = None,
+        mappings: Iterable[SpanMapping | str | Mapping[str, Any]] | None = None,
         schema: str | Callable[[], str] | None = None,
         table: str | None = None,
         migrate: bool | None = None,
         destination: str | None = None,
         export_timeout_millis: float | None = None,
+        normalizer: Normalizer | None = None,
+        actor_baggage: Iterable[str] | None = None,
+        enabled_for: EnabledFor | None = None,
     ) -> None:
+        if normalizer is not None and not isinstance(normalizer, Normalizer):
+            raise ConfigurationError("normalizer", f"got a {type(normalizer).__name__}; accepted is a Normalizer")
+        if enabled_for is not None and not callable(enabled_for):
+            raise ConfigurationError(
+                "enabled_for", f"got a {type(enabled_for).__name__}; accepted is a function of an action and a bank"
+            )
         self.selection = Selection(
-            settings.resolve("actions", actions), resolve_mappings(settings.resolve("mappings", mappings))
+            settings.resolve("actions", actions),
+            resolve_mappings(settings.resolve("mappings", mappings)),
+            normalizer=normalizer,
+            actor_baggage=settings.resolve("actor_baggage", actor_baggage),
+            switch=None if enabled_for is None else Switch(enabled_for),
         )
         place = settings.resolve("schema", schema)
         self._schema_getter: Callable[[], Any] | None = place if callable(place) else None

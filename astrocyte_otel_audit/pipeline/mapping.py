@@ -5,111 +5,210 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from opentelemetry.trace import SpanKind
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import StatusCode
 
 from astrocyte_otel_audit import attributes
 from astrocyte_otel_audit.errors import ConfigurationError
+from astrocyte_otel_audit.normalize import REDACTED, Normalizer
+from astrocyte_otel_audit.payload_values import TOKEN
+from astrocyte_otel_audit.pipeline.pattern import (
+    ACTION_WORD,
+    Conditions,
+    Names,
+    SpanPattern,
+    conditions,
+    meets,
+    strings,
+)
 from astrocyte_otel_audit.record import OUTCOMES, Outcome
 
-_ACTION = "{action}"
-#: What `{action}` stands for in a span name.
-_ACTION_PATTERN = r"(?P<action>[A-Za-z0-9_-]+)"
+#: Payload keys, of attributes that have the same key, or by the payload's key.
+Payload: TypeAlias = Sequence[str] | Mapping[str, str]
+
+_PLACEHOLDER: Final = re.compile(r"\{([^{}]+)\}")
+_UNKNOWN: Final = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpanMapping:
+class SpanMapping(SpanPattern):
     """Says which spans of another library are audit operations, and where their parts are. Immutable.
 
     Mappings are tried in their order and the first that matches a span wins. A span that carries `audit.action`
-    itself needs none.
+    itself needs none. Beside the arguments of `SpanPattern`, which say what spans are meant:
 
     Args:
-        span_name: name of the span; ``*`` stands for anything, ``{action}`` for the word that is the action.
-        action: the action, where the name holds no ``{action}``.
-        scope: name of the instrumentation scope, such as ``astrocyte``; None for any.
-        kind: kind of the span; None for any.
+        action: the action. ``{action}`` in it stands for the word of `span_name`, any other name in braces for the
+            value of that attribute: ``"tool.{gen_ai.tool.name}"``. Without that attribute the mapping doesn't match.
+            By default ``{action}``.
+        inside: patterns of spans around it in this process, of which one has to match.
+        not_inside: patterns of spans around it in this process, of which none may match: so that an operation is one
+            row, however many spans it makes. What is around a span is seen where `AuditSpanProcessor` is.
         bank_id: attributes that may hold the bank, the first that is there wins.
-        transport: the transport of all these operations, where no `audit_scope` gives one.
-        unset_outcome: outcome of a span whose status was left unset.
+        actor_id: attributes that may hold who acts, where no `audit_scope` says it.
+        transport: the transport of all these operations, where no `audit_scope` gives one; with attributes in braces as
+            in `action`. By default that of the request around them.
+        request, response, metadata: attributes that are taken into the row's payloads: a list of keys, or a mapping of
+            the payload's keys to attributes. They pass the normalizer, and nothing else of the span is taken.
+        redact: keys of those payloads that are stored as ``[redacted]``, whatever they hold.
+        failure_when: attributes that make it a failure where the status of the span was left unset, with values as in
+            `required`.
+        unset_outcome: outcome of any other span whose status was left unset.
 
     Raises:
         ConfigurationError: an argument that can't be used.
     """
 
-    span_name: str
-    action: str | None = None
-    scope: str | None = None
-    kind: SpanKind | None = None
-    bank_id: Sequence[str] = (attributes.BANK_ID,)
+    action: str = ACTION_WORD
+    inside: Sequence[SpanPattern] = ()
+    not_inside: Sequence[SpanPattern] = ()
+    bank_id: Names = (attributes.BANK_ID,)
+    actor_id: Names = ()
     transport: str | None = None
+    request: Payload = ()
+    response: Payload = ()
+    metadata: Payload = ()
+    redact: Names = ()
+    failure_when: Conditions = (attributes.ERROR_TYPE,)
     unset_outcome: Outcome = "success"
-    _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
+    _bank_keys: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    _actor_keys: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    #: By the attribute's prefix in our own spans: the payload's keys and the attributes that they are taken from.
+    _payloads: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = field(init=False, repr=False, compare=False)
+    _failures: tuple[tuple[str, tuple[re.Pattern[str], ...]], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.span_name, str) or not self.span_name:
-            raise ConfigurationError("span_name", "accepted is a span's name, with * and {action} as wildcards")
-        if self.span_name.count(_ACTION) > 1:
-            raise ConfigurationError("span_name", "holds {action} more than once")
-        if (_ACTION in self.span_name) == (self.action is not None) or self.action == "":
+        SpanPattern.__post_init__(self)
+        names = (self.span_name,) if isinstance(self.span_name, str) else self.span_name
+        if not isinstance(self.action, str) or not self.action:
+            raise ConfigurationError("action", "accepted is an action, with {action} or attributes in braces")
+        if any((ACTION_WORD in name) != (ACTION_WORD in self.action) for name in names):
             raise ConfigurationError(
-                "action", "accepted is either {action} in span_name, or an action here, and not both"
+                "action", "accepted is {action} in every span_name, or an action of its own here, and not both"
             )
-        if not (self.scope is None or isinstance(self.scope, str)):
-            raise ConfigurationError("scope", "accepted is the name of an instrumentation scope, such as 'astrocyte'")
-        if not (self.kind is None or isinstance(self.kind, SpanKind)):
-            raise ConfigurationError("kind", "accepted is an opentelemetry.trace.SpanKind")
-        if not isinstance(self.bank_id, (list, tuple)) or not all(isinstance(key, str) for key in self.bank_id):
-            raise ConfigurationError("bank_id", "accepted is a list of attribute keys, such as ['astrocyte.bank_id']")
+        for source in ("inside", "not_inside"):
+            patterns = getattr(self, source)
+            if not isinstance(patterns, (list, tuple)) or not all(isinstance(one, SpanPattern) for one in patterns):
+                raise ConfigurationError(source, "accepted is a list of SpanPattern")
+            self._keep(source, tuple(patterns))
+        if not (self.transport is None or (isinstance(self.transport, str) and self.transport)):
+            raise ConfigurationError("transport", "accepted is a transport, such as 'mcp'")
+        keys = "a list of attribute keys, such as ['astrocyte.bank_id']"
+        self._keep("_bank_keys", strings(self.bank_id, "bank_id", keys))
+        self._keep("_actor_keys", strings(self.actor_id, "actor_id", keys))
+        payloads = (
+            (attributes.REQUEST, _payload(self.request, "request")),
+            (attributes.RESPONSE, _payload(self.response, "response")),
+            (attributes.METADATA, _payload(self.metadata, "metadata")),
+        )
+        self._keep("_payloads", tuple((prefix, pairs) for prefix, pairs in payloads if pairs))
+        known = {key for _, pairs in payloads for key, _ in pairs}
+        for key in strings(self.redact, "redact", "a list of payload keys"):
+            if key not in known:
+                raise ConfigurationError("redact", f"holds {key!r}, which is no key of request, response or metadata")
+        self._keep("_failures", conditions(self.failure_when, "failure_when"))
         if self.unset_outcome not in OUTCOMES:
             raise ConfigurationError("unset_outcome", f"accepted is one of {', '.join(sorted(OUTCOMES))}")
-        pattern = re.escape(self.span_name).replace(re.escape("*"), ".*").replace(re.escape(_ACTION), _ACTION_PATTERN)
-        object.__setattr__(self, "_pattern", re.compile(pattern, re.DOTALL))
 
-    def action_for_name(self, span_name: str, kind: SpanKind | None) -> str | None:
-        """Return the action of a span of that name and kind, or None; what a sampler can know."""
-        if self.kind is not None and kind is not None and kind is not self.kind:
-            return None
-        match = self._pattern.fullmatch(span_name)
-        if match is None:
-            return None
-        return self.action if self.action is not None else match["action"]
+    @property
+    def looks_around(self) -> bool:
+        """Whether it asks what spans are around one."""
+        return bool(self.inside or self.not_inside)
 
-    def action_for(self, span_name: str, kind: SpanKind | None, scope: str | None) -> str | None:
-        """Return the action of a span of that name, kind and instrumentation scope, or None."""
-        if self.scope is not None and scope != self.scope:
-            return None
-        return self.action_for_name(span_name, kind)
+    def action_of(self, word: str | None, span_attributes: Mapping[str, Any]) -> str | None:
+        """Return the action of a span that matches, or None where an attribute that names it isn't there.
+
+        Args:
+            word: what `{action}` stands for in the span's name.
+            span_attributes: of the span.
+        """
+        return word if self.action == ACTION_WORD else _filled(self.action, {"action": word, **span_attributes})
+
+    def may_fit(self, span_attributes: Mapping[str, Any]) -> bool:
+        """Say whether a span of the right name and kind may be meant, of which a sampler knows this much.
+
+        Many libraries set attributes later, so the name decides. Where that may be any, the required attributes have
+        to be there at the start, or every span would be kept.
+        """
+        return self.span_name != "*" or self.has_required(span_attributes)
+
+    def fits(self, span_attributes: Mapping[str, Any], around: Iterable[ReadableSpan]) -> bool:
+        """Say whether a span of the right name, kind and scope is meant.
+
+        Args:
+            span_attributes: of the span.
+            around: the spans around it in this process, the innermost first; only asked for where that matters.
+        """
+        if not self.holds(span_attributes):
+            return False
+        if not self.looks_around:
+            return True
+        spans = tuple(around)
+        if any(pattern.matches(span) for pattern in self.not_inside for span in spans):
+            return False
+        return not self.inside or any(pattern.matches(span) for pattern in self.inside for span in spans)
 
     def bank_of(self, span_attributes: Mapping[str, Any]) -> Any:
         """Return what the span says its bank is, or None."""
-        return next((span_attributes[key] for key in self.bank_id if key in span_attributes), None)
+        return first_of(span_attributes, self._bank_keys)
+
+    def actor_of(self, span_attributes: Mapping[str, Any]) -> Any:
+        """Return who the span says acts, or None."""
+        return first_of(span_attributes, self._actor_keys)
+
+    def transport_of(self, span_attributes: Mapping[str, Any]) -> str | None:
+        """Return the transport that the mapping gives, or None."""
+        return None if self.transport is None else _filled(self.transport, span_attributes)
+
+    def outcome_of(self, status: StatusCode, span_attributes: Mapping[str, Any]) -> tuple[str, str | None]:
+        """Return the outcome by a span's status, and by its attributes where that is unset.
+
+        Returns:
+            The outcome, and what made it a failure, where that is an attribute with a short value.
+        """
+        if status is not StatusCode.UNSET:
+            return ("failure" if status is StatusCode.ERROR else "success"), None
+        for key, values in self._failures:
+            if meets(span_attributes, key, values):
+                return "failure", _token(span_attributes[key])
+        return self.unset_outcome, None
+
+    def payload_of(self, span_attributes: Mapping[str, Any], normalizer: Normalizer, action: str) -> dict[str, Any]:
+        """Return the attributes of the payloads, normalized."""
+        normal: dict[str, Any] = {}
+        for prefix, pairs in self._payloads:
+            found = {key: span_attributes[name] for key, name in pairs if name in span_attributes}
+            hidden = {key: REDACTED for key in found if key in self.redact}
+            normal.update(normalizer.attributes({**found, **hidden}, prefix, action))
+        return normal
 
 
-#: Mappings by name. `astrocyte`: every operation of an Astrocyte brain (0.22), which names most spans after
-#: itself but calls one plainly `compile`.
-PRESETS: Final[Mapping[str, tuple[SpanMapping, ...]]] = {
-    "astrocyte": (
-        SpanMapping(span_name="astrocyte.{action}", scope="astrocyte", bank_id=("astrocyte.bank_id", "bank_id")),
-        SpanMapping(span_name="compile", action="compile", scope="astrocyte", bank_id=("bank_id",)),
-    ),
-}
+def first_of(span_attributes: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """Return the first attribute that is there, or None."""
+    return next((span_attributes[key] for key in keys if key in span_attributes), None)
 
 
-def resolve_mappings(mappings: Iterable[SpanMapping | str]) -> tuple[SpanMapping, ...]:
-    """Return the mappings with the names of presets replaced by what they stand for.
+def _payload(value: Any, source: str) -> tuple[tuple[str, str], ...]:
+    accepted = (
+        "a list of attribute keys, or a mapping of payload keys to them, such as {'model': 'gen_ai.request.model'}"
+    )
+    if isinstance(value, Mapping):
+        keys = strings([*value], source, accepted)
+        return tuple(zip(keys, strings([*value.values()], source, accepted), strict=True))
+    return tuple((key, key) for key in strings(value, source, accepted))
 
-    Raises:
-        ConfigurationError: a name that is no preset, or a member that is no mapping.
-    """
-    resolved: list[SpanMapping] = []
-    for mapping in mappings:
-        if isinstance(mapping, SpanMapping):
-            resolved.append(mapping)
-        elif isinstance(mapping, str) and mapping in PRESETS:
-            resolved.extend(PRESETS[mapping])
-        else:
-            shown = repr(mapping)[:80] if isinstance(mapping, str) else f"a {type(mapping).__name__}"
-            raise ConfigurationError("mappings", f"holds {shown}; accepted are SpanMapping and {', '.join(PRESETS)}")
-    return tuple(resolved)
+
+def _filled(template: str, values: Mapping[str, Any]) -> str | None:
+    """Return a template with values in place of what is in braces; None where one isn't there."""
+    names = _PLACEHOLDER.findall(template)
+    if any(values.get(name) is None for name in names):
+        return None
+    return _PLACEHOLDER.sub(lambda found: _token(values[found[1]]) or _UNKNOWN, template)
+
+
+def _token(value: object) -> str | None:
+    """Return a value that is short and no text."""
+    text = str(value) if isinstance(value, (str, int, float)) else ""
+    return text if TOKEN.fullmatch(text) else None

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 from opentelemetry.sdk.trace import ReadableSpan, Span
 
 from astrocyte_otel_audit import attributes
 from astrocyte_otel_audit.pipeline.captured import Captured, contradicts, filled, same
-from astrocyte_otel_audit.pipeline.selection import is_suppressed
+from astrocyte_otel_audit.pipeline.selection import Selection, is_suppressed
 from astrocyte_otel_audit.record import ScopeDefaults, record_id
 
 _Key: TypeAlias = tuple[int, int]
@@ -24,9 +23,8 @@ _Key: TypeAlias = tuple[int, int]
 class _Open(weakref.ref[Span]):
     """An operation that has started. Weak, so that a span which is forgotten without ever being ended goes too."""
 
-    __slots__ = ("action", "begun", "id", "key", "schema", "scope", "taken_in")
+    __slots__ = ("begun", "id", "key", "schema", "scope", "taken_in")
     key: _Key
-    action: str
     #: The id of its row.
     id: str
     scope: ScopeDefaults
@@ -59,12 +57,12 @@ class OpenOperations:
     """The audited spans that have started and not ended. Thread-safe; never grows past the spans that are alive.
 
     Args:
-        capture: `Selection.capture`.
+        selection: says what becomes a record, and of what action.
         sink: takes what has ended.
     """
 
-    def __init__(self, capture: Callable[..., Captured | None], sink: Sink) -> None:
-        self._capture = capture
+    def __init__(self, selection: Selection, sink: Sink) -> None:
+        self._selection = selection
         self._sink = sink
         self._open: dict[_Key, _Open] = {}
         #: What is known of operations that were then forgotten.
@@ -73,12 +71,11 @@ class OpenOperations:
     def __len__(self) -> int:
         return len(self._open)
 
-    def start(self, span: Span, action: str, scope: ScopeDefaults, schema: str | None) -> str:
+    def start(self, span: Span, scope: ScopeDefaults, schema: str | None) -> str:
         """Remember an operation by its span, and return the id of its row."""
         context = span.context
         started = _Open(span, self._forget)
         started.key = key = (context.trace_id, context.span_id)
-        started.action = action
         started.id = row_id = record_id(*key, span.start_time or 0)
         started.scope = scope
         started.schema = schema
@@ -105,9 +102,9 @@ class OpenOperations:
         if started is None:
             # Not taken at its start where instrumentation is suppressed, and not at its end for the same reason.
             names_its_action = attributes.ACTION in (span.attributes or ())
-            captured = self._capture(span) if names_its_action or not is_suppressed() else None
+            captured = self._selection.capture(span) if names_its_action or not is_suppressed() else None
         else:
-            captured = self._capture(span, started.id, started.scope, started.schema)
+            captured = self._selection.capture(span, started.id, started.scope, started.schema, started())
             if (inner := started.taken_in.setdefault("", None)) is not None:
                 if captured is None:
                     self._sink.submit(inner if started.begun else inner._replace(replaces=started.id))
@@ -147,7 +144,7 @@ class OpenOperations:
         """Let the enclosing operation take this one in, if there is one of the same action, tenant and bank."""
         parent = span.parent
         outer = None if parent is None or parent.is_remote else self._open.get((parent.trace_id, parent.span_id))
-        if outer is None or outer.action != captured.action or outer.schema != captured.schema:
+        if outer is None or outer.schema != captured.schema or self._action_of(outer) != captured.action:
             return False
         # One whose emitter was promised its row keeps its own, or it would vanish.
         if (span.attributes or {}).get(attributes.REQUIRED) is True:
@@ -164,6 +161,10 @@ class OpenOperations:
         if outer.key not in self._open:  # it has ended meanwhile, and its row waits for nothing
             self._sink.release(outer.id)
         return True
+
+    def _action_of(self, outer: _Open) -> str | None:
+        span = outer()
+        return None if span is None else self._selection.action_of(span, span)
 
     def _forget(self, started: weakref.ref[Span]) -> None:
         forgotten = self._open.pop(started.key, None) if isinstance(started, _Open) else None

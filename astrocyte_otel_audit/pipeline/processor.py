@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from opentelemetry import trace
+from opentelemetry.baggage import get_baggage
 from opentelemetry.context import Context, get_value
 from opentelemetry.metrics import MeterProvider
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
@@ -26,7 +28,7 @@ from astrocyte_otel_audit.pipeline.operations import OpenOperations
 from astrocyte_otel_audit.pipeline.parking import Backoff
 from astrocyte_otel_audit.pipeline.processes import call_at_the_end_of_children, call_in_forked_children
 from astrocyte_otel_audit.pipeline.retention import RetentionTask
-from astrocyte_otel_audit.pipeline.selection import plain_attributes
+from astrocyte_otel_audit.pipeline.selection import Chance, Selection, plain_attributes
 from astrocyte_otel_audit.pipeline.spool import Fsync, Spool
 from astrocyte_otel_audit.pipeline.troubles import Troubles
 from astrocyte_otel_audit.pipeline.writer import Writer
@@ -34,6 +36,9 @@ from astrocyte_otel_audit.record import NO_SCOPE, ScopeDefaults
 from astrocyte_otel_audit.retention import Retention, RetentionPolicy, resolve_retention
 
 _logger = logging.getLogger(__name__)
+
+#: The longest id that is taken from baggage, which anybody may have sent.
+_MAX_BAGGAGE: Final = 256
 
 
 class AuditSpanProcessor(SpanProcessor):
@@ -139,7 +144,7 @@ class AuditSpanProcessor(SpanProcessor):
             )
         )
         metrics.observe(self, capacity)
-        self._operations = OpenOperations(exporter.selection.capture, self._writer)
+        self._operations = OpenOperations(exporter.selection, self._writer)
         call_in_forked_children(self, type(self)._after_fork)
         call_at_the_end_of_children(self, type(self).shutdown)
         self._writer.start()
@@ -186,19 +191,19 @@ class AuditSpanProcessor(SpanProcessor):
         try:
             given = plain_attributes(span)
             selection = self._exporter.selection
-            action = selection.action_of(span, given, parent_context)
-            if action is None:
+            selection.surroundings.start(span, parent_context)
+            chance = selection.expects(span, given, parent_context)
+            if chance is Chance.NONE:
                 return
-            found = get_value(attributes.SCOPE_CONTEXT_KEY, parent_context)
-            scope = found if isinstance(found, ScopeDefaults) else NO_SCOPE
+            scope = self._scope(selection, parent_context)
             schema = scope.schema or self._exporter.current_schema()
-            row_id = self._operations.start(span, action, scope, schema)
+            row_id = self._operations.start(span, scope, schema)
             if given.get(attributes.REQUIRED) is True:
                 begun = selection.capture(span, row_id, scope, schema)
                 if taken := begun is not None and self._writer.begin(begun := begun._replace(outcome="unknown")):
                     self._operations.note_begun(span, begun)
             else:
-                taken = self._writer.has_room()
+                taken = chance is Chance.CERTAIN and self._writer.has_room()
             if taken:
                 span.set_attribute(attributes.RECORD_ID, row_id)
         except Exception as fault:  # it would reach the application, and keep the audited body from running
@@ -208,9 +213,21 @@ class AuditSpanProcessor(SpanProcessor):
         """Capture the span, if it is an audit span, and hand it to the writer."""
         try:
             self._operations.end(span)
+            self._exporter.selection.surroundings.end(span)
         except Exception as fault:  # it would reach the application
             self._writer.count_unreadable()
             self._troubles.report("on_end", f"an audit span could not become a record ({type(fault).__qualname__})")
+
+    def _scope(self, selection: Selection, parent_context: Context | None) -> ScopeDefaults:
+        found = get_value(attributes.SCOPE_CONTEXT_KEY, parent_context)
+        scope = found if isinstance(found, ScopeDefaults) else NO_SCOPE
+        if selection.actor_baggage and scope.actor_id is None:
+            said = (get_baggage(key, parent_context) for key in selection.actor_baggage)
+            asserted = next(
+                (value for value in said if isinstance(value, str) and 0 < len(value) <= _MAX_BAGGAGE), None
+            )
+            scope = replace(scope, asserted_actor_id=asserted)
+        return scope
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Write what waits, and answer True only if every record accepted before the call is in the table.
@@ -238,9 +255,12 @@ class AuditSpanProcessor(SpanProcessor):
     def stats(self) -> dict[str, int]:
         """Return counts since the start of this process; see `Writer.stats`. `open` is operations under way.
 
-        With a retention there are `retention_runs`, `retention_failed_runs` and `retention_rows`, which are deleted.
+        With a retention there are `retention_runs`, `retention_failed_runs` and `retention_rows`, which are deleted;
+        with an `enabled_for`, `enabled_for_failed`.
         """
         counts = {**self._writer.stats(), "open": len(self._operations)}
+        if (switch := self._exporter.selection.switch) is not None:
+            counts["enabled_for_failed"] = switch.failed
         if self._retention is not None:
             done = self._retention.stats()
             counts |= {f"retention_{name}": done[name] for name in ("runs", "failed_runs")}

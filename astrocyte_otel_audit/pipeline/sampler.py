@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace.sampling import (
@@ -22,7 +22,8 @@ from opentelemetry.util.types import Attributes
 
 from astrocyte_otel_audit import settings
 from astrocyte_otel_audit.errors import ConfigurationError
-from astrocyte_otel_audit.pipeline.mapping import SpanMapping, resolve_mappings
+from astrocyte_otel_audit.pipeline.mapping import SpanMapping
+from astrocyte_otel_audit.pipeline.presets import resolve_mappings
 from astrocyte_otel_audit.pipeline.selection import Selection
 
 #: The SDK's own samplers, by the names that OTEL_TRACES_SAMPLER has for them.
@@ -56,7 +57,7 @@ class AuditSampler(Sampler):
         delegate: Sampler | None = None,
         *,
         actions: Iterable[str] | None = None,
-        mappings: Iterable[SpanMapping | str] | None = None,
+        mappings: Iterable[SpanMapping | str | Mapping[str, Any]] | None = None,
     ) -> None:
         if delegate is not None and not hasattr(delegate, "should_sample"):
             raise ConfigurationError("delegate", f"got a {type(delegate).__name__}; accepted is a Sampler")

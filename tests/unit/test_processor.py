@@ -64,7 +64,7 @@ def broken(audit, storage, monkeypatch):
     def fail(*args):
         raise RuntimeError("its own words")
 
-    monkeypatch.setattr(Selection, "action_of", fail)
+    monkeypatch.setattr(Selection, "expects", fail)
     monkeypatch.setattr(Selection, "capture", fail)
     return audit(storage=storage)
 

@@ -89,14 +89,14 @@ def test_the_allowlist_says_which_audit_spans_are_kept(actions, attributes, kept
 @pytest.mark.parametrize(
     ("name", "kind", "kept"),
     [
-        ("memory.recall", SpanKind.SERVER, True),
-        ("memory.recall", SpanKind.CLIENT, False),
-        ("memory.forget", SpanKind.SERVER, False),
-        ("GET /", SpanKind.SERVER, False),
+        ("memory.recall", SpanKind.CLIENT, True),
+        ("memory.recall", SpanKind.INTERNAL, False),
+        ("memory.forget", SpanKind.CLIENT, False),
+        ("GET /", SpanKind.CLIENT, False),
     ],
 )
 def test_a_span_that_a_mapping_may_want_is_kept_before_its_scope_is_known(name, kind, kept):
-    mapping = SpanMapping(span_name="memory.{action}", scope="memory", kind=SpanKind.SERVER)
+    mapping = SpanMapping(span_name="memory.{action}", scope="memory", kind=SpanKind.CLIENT)
     sampler = AuditSampler(ALWAYS_OFF, actions=["recall"], mappings=[mapping])
     assert ask(sampler, name, kind).decision is (Decision.RECORD_ONLY if kept else Decision.DROP)
 

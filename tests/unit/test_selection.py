@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 from astrocyte_otel_audit import SpanMapping
 from astrocyte_otel_audit.pipeline.captured import to_record
 from astrocyte_otel_audit.pipeline.segment import RECORD, captured_frame, frames, parse_captured
-from astrocyte_otel_audit.pipeline.selection import Selection, plain_attributes
+from astrocyte_otel_audit.pipeline.selection import Chance, Selection, plain_attributes
 from astrocyte_otel_audit.record import ScopeDefaults, record_id
 
 OURS, THEIRS = InstrumentationScope("astrocyte_otel_audit"), InstrumentationScope("gateway.js")
@@ -57,8 +57,8 @@ def record_of(span, selection=None, **noted):
     return None if captured is None else to_record(captured)
 
 
-def action_of(selection, span, parent_context=None):
-    return selection.action_of(span, plain_attributes(span), parent_context)
+def is_expected(selection, span, parent_context=None):
+    return selection.expects(span, plain_attributes(span), parent_context) is not Chance.NONE
 
 
 def test_a_span_becomes_a_record_with_its_identity_its_times_and_its_service():
@@ -117,7 +117,7 @@ def test_what_nobody_said_is_none_and_the_transport_reads_unknown():
 def test_the_allowlist_decides_alike_at_the_start_and_at_the_end(actions, attributes, selected):
     selection, span = Selection(actions), ended(attributes)
     assert selection.may_audit(span.name, span.kind, span.attributes) is selected
-    assert (action_of(selection, span) is not None) is selected
+    assert is_expected(selection, span) is selected
     assert (selection.capture(span) is not None) is selected
 
 
@@ -129,7 +129,8 @@ class Action(str, enum.Enum):  # noqa: UP042 - unlike a StrEnum, its str() is it
 def test_an_action_out_of_an_enum_of_strings_is_that_string(provider, selection):
     span = provider.get_tracer("theirs").start_span("x", attributes={"audit.action": Action.RECALL})
     assert selection.may_audit("x", None, {"audit.action": Action.RECALL})
-    assert type(action_of(selection, span)) is str
+    assert type(selection.action_of(span)) is str
+    assert is_expected(selection, span)
     span.end()
     record = record_of(span, selection)
     assert (record.action, type(record.action)) == ("recall", str)
@@ -149,8 +150,9 @@ def test_what_else_is_out_of_an_enum_of_strings_is_that_string_too():
 
 def test_a_span_that_names_its_action_is_not_asked_for_a_mapping():
     selection = Selection(["mapped"], [SpanMapping(span_name="audit recall", action="mapped")])
-    assert action_of(selection, ended()) is None
-    assert action_of(selection, ended(action=None)) == "mapped"
+    assert not is_expected(selection, ended())
+    assert is_expected(selection, ended(action=None))
+    assert record_of(ended(action=None), selection).action == "mapped"
 
 
 @pytest.mark.parametrize(("flags", "sampled"), [(0, False), (1, True), (2, False), (3, True)])
@@ -264,7 +266,7 @@ def test_a_name_from_data_does_not_make_the_caches_grow_without_end():
     selection = Selection("*", [SpanMapping(span_name="memory.{action}")])
     for number in range(5000):
         selection.may_audit(f"memory.{number}", SpanKind.INTERNAL, None)
-    assert len(selection._mapped_by_name) <= 4096
+    assert len(selection._kept_for) <= 4096
 
 
 PROMPT = "tell me all about " + "x" * 100_000
@@ -381,16 +383,16 @@ def test_what_a_span_of_ours_keeps_by_a_setting_stays():
 
 
 def test_a_mapped_span_that_starts_where_instrumentation_is_suppressed_is_none_of_ours():
-    selection = Selection("*", [SpanMapping(span_name="*", action="sql")])
+    selection = Selection("*", [SpanMapping(span_name="S*", action="sql")])
     span = ended(action=None, name="SELECT")
     suppressed = otel_context.set_value(otel_context._SUPPRESS_INSTRUMENTATION_KEY, True)
     for context, taken in [(None, True), (otel_context.Context(), True), (suppressed, False)]:
         assert selection.may_audit("SELECT", SpanKind.CLIENT, {}, context) is taken
-        assert (action_of(selection, span, context) is not None) is taken
+        assert is_expected(selection, span, context) is taken
     token = otel_context.attach(suppressed)
     try:
         assert not selection.may_audit("SELECT", SpanKind.CLIENT, {})
-        assert action_of(selection, span) is None
+        assert not is_expected(selection, span)
     finally:
         otel_context.detach(token)
 
@@ -398,7 +400,7 @@ def test_a_mapped_span_that_starts_where_instrumentation_is_suppressed_is_none_o
 def test_an_operation_that_names_its_action_is_audited_where_instrumentation_is_suppressed_too():
     suppressed = otel_context.set_value(otel_context._SUPPRESS_INSTRUMENTATION_KEY, True)
     assert Selection("*").may_audit("audit recall", None, {"audit.action": "recall"}, suppressed)
-    assert action_of(Selection("*"), ended(), suppressed) == "recall"
+    assert is_expected(Selection("*"), ended(), suppressed)
 
 
 def test_names_of_any_length_are_decided_on_and_not_kept():
@@ -406,9 +408,9 @@ def test_names_of_any_length_are_decided_on_and_not_kept():
     name = "memory." + "x" * 1_000_000
     assert selection.may_audit(name, SpanKind.INTERNAL, None)
     span = ended(action=None, name=name, instrumentation_scope=THEIRS)
-    assert action_of(selection, span) == "x" * 1_000_000
+    assert selection.action_of(span) == "x" * 1_000_000
     key = "astrocyte.audit.request." + "y" * 1_000_000
     references = sys.getrefcount(name), sys.getrefcount(key)
     assert record_of(ended({key: 1}, action="x" * 1_000_000), selection).request == {"y" * 1_000_000: 1}
-    assert (len(selection._mapped_by_name), len(selection._mapping_for)) == (0, 0)
+    assert (len(selection._kept_for), len(selection._candidates)) == (0, 0)
     assert (sys.getrefcount(name), sys.getrefcount(key)) == references

@@ -1,0 +1,80 @@
+"""Mappings by name, and what a setting says about mappings."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, TypeVar
+
+from astrocyte_otel_audit import settings
+from astrocyte_otel_audit.errors import ConfigurationError
+from astrocyte_otel_audit.pipeline.mapping import SpanMapping
+from astrocyte_otel_audit.pipeline.pattern import SpanPattern
+
+_Pattern = TypeVar("_Pattern", bound=SpanPattern)
+
+#: Every operation of an Astrocyte brain (0.22), which names most spans after itself but calls one plainly `compile`.
+#: Of several banks it writes the first and how many more there are, as in ``a+1``: the row says how many in all.
+_ASTROCYTE: Final = (
+    SpanMapping(
+        span_name="astrocyte.{action}",
+        scope="astrocyte",
+        bank_id=("astrocyte.bank_id", "bank_id"),
+        metadata={"bank_count": "astrocyte.bank_count"},
+    ),
+    SpanMapping(span_name="compile", action="compile", scope="astrocyte", bank_id="bank_id"),
+)
+
+PRESETS: Final[Mapping[str, tuple[SpanMapping, ...]]] = {"astrocyte": _ASTROCYTE}
+
+
+def resolve_mappings(mappings: Iterable[SpanMapping | str | Mapping[str, Any]]) -> tuple[SpanMapping, ...]:
+    """Return the mappings, with the names of presets replaced by what they stand for.
+
+    Args:
+        mappings: mappings, names of presets, or the arguments of a `SpanMapping` by name, as a file has them.
+
+    Raises:
+        ConfigurationError: a name that is no preset, a member that is no mapping, or an argument that can't be used.
+    """
+    resolved: list[SpanMapping] = []
+    for position, mapping in enumerate(mappings):
+        if isinstance(mapping, SpanMapping):
+            resolved.append(mapping)
+        elif isinstance(mapping, Mapping):
+            resolved.append(_made(SpanMapping, mapping, f"mappings[{position}]"))
+        elif isinstance(mapping, str) and mapping in PRESETS:
+            resolved.extend(PRESETS[mapping])
+        else:
+            shown = settings.shown(mapping)
+            close = difflib.get_close_matches(mapping, PRESETS, 1) if isinstance(mapping, str) else []
+            raise ConfigurationError(
+                "mappings",
+                f"holds {shown}; accepted are SpanMapping and {', '.join(PRESETS)}"
+                + "".join(f" (did you mean {name!r}?)" for name in close),
+            )
+    return tuple(resolved)
+
+
+def _made(kind: type[_Pattern], given: Mapping[str, Any], source: str) -> _Pattern:
+    """Return a pattern or a mapping of arguments by name, those inside it too."""
+    accepted = [each.name for each in dataclasses.fields(kind) if each.init]
+    for key in given:
+        if key not in accepted:
+            close = difflib.get_close_matches(str(key), accepted, 1)
+            hint = "".join(f"; did you mean {name!r}?" for name in close) or f"; accepted are {', '.join(accepted)}"
+            raise ConfigurationError(source, f"has no key {str(key)[:80]!r}{hint}")
+    arguments = dict(given)
+    for key in ("inside", "not_inside"):
+        if isinstance(around := given.get(key), (list, tuple)):
+            arguments[key] = [
+                _made(SpanPattern, one, f"{source}.{key}[{position}]") if isinstance(one, Mapping) else one
+                for position, one in enumerate(around)
+            ]
+    try:
+        return kind(**arguments)
+    except ConfigurationError as error:
+        if error.source.startswith("mappings["):
+            raise
+        raise ConfigurationError(f"{source}.{error.source}", error.problem) from None
