@@ -25,8 +25,8 @@ from astrocyte_otel_audit.pipeline.pattern import (
 )
 from astrocyte_otel_audit.record import OUTCOMES, Outcome
 
-#: Payload keys, of attributes that have the same key, or by the payload's key.
-Payload: TypeAlias = Sequence[str] | Mapping[str, str]
+#: Attributes that are taken by their own keys, or by the payload's keys; of several the first that is there.
+Payload: TypeAlias = Sequence[str] | Mapping[str, Names]
 
 _PLACEHOLDER: Final = re.compile(r"\{([^{}]+)\}")
 _UNKNOWN: Final = "unknown"
@@ -51,7 +51,8 @@ class SpanMapping(SpanPattern):
         transport: the transport of all these operations, where no `audit_scope` gives one; with attributes in braces as
             in `action`. By default that of the request around them.
         request, response, metadata: attributes that are taken into the row's payloads: a list of keys, or a mapping of
-            the payload's keys to attributes. They pass the normalizer, and nothing else of the span is taken.
+            the payload's keys to an attribute, or to several, of which the first that is there wins. They pass the
+            normalizer, and nothing else of the span is taken.
         redact: keys of those payloads that are stored as ``[redacted]``, whatever they hold.
         failure_when: attributes that make it a failure where the status of the span was left unset, with values as in
             `required`.
@@ -76,7 +77,9 @@ class SpanMapping(SpanPattern):
     _bank_keys: tuple[str, ...] = field(init=False, repr=False, compare=False)
     _actor_keys: tuple[str, ...] = field(init=False, repr=False, compare=False)
     #: By the attribute's prefix in our own spans: the payload's keys and the attributes that they are taken from.
-    _payloads: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = field(init=False, repr=False, compare=False)
+    _payloads: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = field(
+        init=False, repr=False, compare=False
+    )
     _failures: tuple[tuple[str, tuple[re.Pattern[str], ...]], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -179,8 +182,8 @@ class SpanMapping(SpanPattern):
         """Return the attributes of the payloads, normalized."""
         normal: dict[str, Any] = {}
         for prefix, pairs in self._payloads:
-            found = {key: span_attributes[name] for key, name in pairs if name in span_attributes}
-            hidden = {key: REDACTED for key in found if key in self.redact}
+            found = {key: first_of(span_attributes, names) for key, names in pairs}
+            hidden = {key: REDACTED for key, value in found.items() if value is not None and key in self.redact}
             normal.update(normalizer.attributes({**found, **hidden}, prefix, action))
         return normal
 
@@ -190,14 +193,12 @@ def first_of(span_attributes: Mapping[str, Any], keys: Iterable[str]) -> Any:
     return next((span_attributes[key] for key in keys if key in span_attributes), None)
 
 
-def _payload(value: Any, source: str) -> tuple[tuple[str, str], ...]:
-    accepted = (
-        "a list of attribute keys, or a mapping of payload keys to them, such as {'model': 'gen_ai.request.model'}"
-    )
+def _payload(value: Any, source: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    accepted = "a list of attribute keys, or such keys by those of the payload, as in {'model': 'gen_ai.request.model'}"
     if isinstance(value, Mapping):
         keys = strings([*value], source, accepted)
-        return tuple(zip(keys, strings([*value.values()], source, accepted), strict=True))
-    return tuple((key, key) for key in strings(value, source, accepted))
+        return tuple((key, strings(value[key], source, accepted)) for key in keys)
+    return tuple((key, (key,)) for key in strings(value, source, accepted))
 
 
 def _filled(template: str, values: Mapping[str, Any]) -> str | None:

@@ -26,7 +26,59 @@ _ASTROCYTE: Final = (
     SpanMapping(span_name="compile", action="compile", scope="astrocyte", bank_id="bank_id"),
 )
 
-PRESETS: Final[Mapping[str, tuple[SpanMapping, ...]]] = {"astrocyte": _ASTROCYTE}
+#: Calls of tools, where they are served: fastmcp 4 and the official SDK make spans at both ends, of the same name. What a
+#: middleware turned away before the tool was looked up leaves its span's status unset, as a success does.
+_MCP_TOOL: Final = {"scope": ("fastmcp", "mcp-python-sdk"), "kind": "server", "transport": "mcp"}
+_MCP_METADATA: Final = {"server": "fastmcp.server.name", "session_id": "mcp.session.id"}
+_MCP: Final = (
+    SpanMapping(
+        action="tool.{gen_ai.tool.name}",
+        required={"mcp.method.name": "tools/call"},
+        metadata=_MCP_METADATA,
+        **_MCP_TOOL,
+    ),
+    SpanMapping(
+        action="tool",
+        required={"mcp.method.name": "tools/call"},
+        metadata=_MCP_METADATA,
+        unset_outcome="unknown",
+        **_MCP_TOOL,
+    ),
+)
+
+#: Whatever follows OpenTelemetry's semantic conventions for generative AI: they want the operation's name at the span's
+#: start, and let everybody choose the span's own. Of messages, arguments and results nothing is taken.
+_GEN_AI: Final = (
+    SpanMapping(
+        action="{gen_ai.operation.name}",
+        required=("gen_ai.operation.name",),
+        absent=("mcp.method.name",),
+        actor_id=("gen_ai.user",),
+        request={
+            "model": "gen_ai.request.model",
+            "provider": ("gen_ai.provider.name", "gen_ai.system"),
+            "max_tokens": "gen_ai.request.max_tokens",
+            "stream": ("gen_ai.request.stream", "gen_ai.is_streaming"),
+            "tool": "gen_ai.tool.name",
+            "tool_call_id": "gen_ai.tool.call.id",
+        },
+        response={
+            "model": "gen_ai.response.model",
+            "id": "gen_ai.response.id",
+            "finish_reasons": "gen_ai.response.finish_reasons",
+            "input_tokens": ("gen_ai.usage.input_tokens", "gen_ai.aggregated_usage.input_tokens"),
+            "output_tokens": ("gen_ai.usage.output_tokens", "gen_ai.aggregated_usage.output_tokens"),
+        },
+        metadata={"agent": "gen_ai.agent.name", "conversation_id": "gen_ai.conversation.id"},
+        failure_when={"error.type": "*", "gen_ai.response.finish_reasons": "error"},
+    ),
+)
+
+PRESETS: Final[Mapping[str, tuple[SpanMapping, ...]]] = {
+    "astrocyte": _ASTROCYTE,
+    "gen_ai": _GEN_AI,
+    "mcp": _MCP,
+}
 
 
 def resolve_mappings(mappings: Iterable[SpanMapping | str | Mapping[str, Any]]) -> tuple[SpanMapping, ...]:

@@ -105,7 +105,7 @@ class TestADecoratedFunctionAroundAstrocyte:
         assert (row.action, row.bank_id, row.outcome) == ("recall", "bank-2", "success")
         assert row.request == {"query": {"length": len("coffee")}, "context": {"principal": "user:ann"}}
         assert row.response == {"memories": 1}
-        assert row.metadata == {"hits": 1}, "a hook has put it on Astrocyte's own span"
+        assert row.metadata == {"hits": 1, "bank_count": 1}, "a hook has put it on Astrocyte's own span"
         assert [other for other in decorated if other.parent_span_id == row.span_id] == []
 
     def test_is_one_row_where_it_is_denied(self, decorated):
@@ -122,7 +122,7 @@ class TestADecoratedFunctionAroundAstrocyte:
     def test_of_another_action_is_a_row_of_its_own(self, decorated):
         outer, inner = decorated[3:]
         assert (outer.action, outer.bank_id, outer.parent_span_id) == ("answer", "answered", None)
-        assert (inner.action, inner.bank_id, inner.metadata) == ("recall", "bank-2", {"hits": 1})
+        assert (inner.action, inner.bank_id, inner.metadata) == ("recall", "bank-2", {"hits": 1, "bank_count": 1})
         assert (inner.trace_id, inner.parent_span_id) == (outer.trace_id, outer.span_id)
 
 

@@ -276,7 +276,7 @@ def test_payload_keys_are_taken_by_name_and_pass_the_normalizer(span):
         span_name="memory.{action}",
         request={"query": "memory.query", "top_k": "memory.k", "api_key": "memory.key", "gone": "memory.gone"},
         response=["memory.ids"],
-        metadata={"model": "gen_ai.request.model", "where": "memory.where"},
+        metadata={"model": ["gen_ai.response.model", "gen_ai.request.model"], "where": "memory.where"},
     )
     attributes = {
         "memory.query": "where do I live?", "memory.k": 5, "memory.key": "sk-1", "memory.ids": ["m-1", "m-2"],
