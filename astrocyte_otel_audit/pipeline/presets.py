@@ -26,25 +26,17 @@ _ASTROCYTE: Final = (
     SpanMapping(span_name="compile", action="compile", scope="astrocyte", bank_id="bank_id"),
 )
 
-#: Calls of tools, where they are served: fastmcp 4 and the official SDK make spans at both ends, of the same name. What a
-#: middleware turned away before the tool was looked up leaves its span's status unset, as a success does.
-_MCP_TOOL: Final = {"scope": ("fastmcp", "mcp-python-sdk"), "kind": "server", "transport": "mcp"}
-_MCP_METADATA: Final = {"server": "fastmcp.server.name", "session_id": "mcp.session.id"}
-_MCP: Final = (
-    SpanMapping(
-        action="tool.{gen_ai.tool.name}",
-        required={"mcp.method.name": "tools/call"},
-        metadata=_MCP_METADATA,
-        **_MCP_TOOL,
-    ),
-    SpanMapping(
-        action="tool",
-        required={"mcp.method.name": "tools/call"},
-        metadata=_MCP_METADATA,
-        unset_outcome="unknown",
-        **_MCP_TOOL,
-    ),
+#: A call of a tool, where it is served: fastmcp 4 and the official SDK make spans of the same name at both ends.
+_MCP_CALL: Final = SpanMapping(
+    scope=("fastmcp", "mcp-python-sdk"),
+    kind="server",
+    required={"mcp.method.name": "tools/call"},
+    action="tool.{gen_ai.tool.name}",
+    transport="mcp",
+    metadata={"server": "fastmcp.server.name", "session_id": "mcp.session.id"},
 )
+#: One that was turned away before its tool was looked up leaves its span's status unset, as a success does.
+_MCP: Final = (_MCP_CALL, dataclasses.replace(_MCP_CALL, action="tool", unset_outcome="unknown"))
 
 #: Whatever follows OpenTelemetry's semantic conventions for generative AI: they want the operation's name at the span's
 #: start, and let everybody choose the span's own. Of messages, arguments and results nothing is taken.

@@ -1,4 +1,4 @@
-"""The presets on what real libraries emit, at any sampling rate, on a real Postgres: which rows, and no text in them."""
+"""The presets on what real libraries emit, at any sampling rate, on a real Postgres: the same rows, and no text."""
 
 import importlib
 from collections import Counter
