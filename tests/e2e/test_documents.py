@@ -1,5 +1,6 @@
 """What the documents say is so: their code runs, their names exist, and nothing that exists is left out."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -11,7 +12,9 @@ import pytest
 from typer.main import get_command
 
 import astrocyte_otel_audit
+from astrocyte_otel_audit import SpanMapping
 from astrocyte_otel_audit.cli import app
+from astrocyte_otel_audit.pipeline.presets import PRESETS
 from astrocyte_otel_audit.settings import SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +92,20 @@ def test_every_setting_is_documented(setting):
     assert all(f"`{variable}`" in row for variable in setting.variables)
     if isinstance(setting.default, int) and not isinstance(setting.default, bool):
         assert f"| {setting.default} |" in row
+
+
+MAPPINGS = (ROOT / "docs/mappings.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", MAPPINGS, re.DOTALL))
+def test_the_examples_about_mappings_run(example, database):
+    result = run(example, database)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_every_argument_of_a_mapping_and_every_preset_is_documented():
+    arguments = [each.name for each in dataclasses.fields(SpanMapping) if each.init]
+    assert [name for name in (*arguments, *PRESETS) if f"`{name}`" not in MAPPINGS] == []
 
 
 @pytest.mark.parametrize("command", sorted(get_command(app).commands))
