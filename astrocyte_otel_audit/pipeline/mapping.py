@@ -137,14 +137,15 @@ class SpanMapping(SpanPattern):
         """
         return self.span_name != "*" or self.has_required(span_attributes)
 
-    def fits(self, span_attributes: Mapping[str, Any], around: Iterable[ReadableSpan]) -> bool:
+    def fits(self, span: ReadableSpan, span_attributes: Mapping[str, Any], around: Iterable[ReadableSpan]) -> bool:
         """Say whether a span of the right name, kind and scope is meant.
 
         Args:
-            span_attributes: of the span.
+            span: the span.
+            span_attributes: of it.
             around: the spans around it in this process, the innermost first; only asked for where that matters.
         """
-        if not self.holds(span_attributes):
+        if not self.holds(span, span_attributes):
             return False
         if not self.looks_around:
             return True

@@ -39,6 +39,7 @@ class SpanPattern:
         required: attributes that have to be there: a list of keys, or a mapping of keys to values, such as
             ``{"gen_ai.operation.name": ["chat", "embeddings"]}``. A number or a boolean is compared by its text.
         absent: attributes that must not be there.
+        root: whether it begins its trace; None for either.
 
     Raises:
         ConfigurationError: an argument that can't be used.
@@ -49,6 +50,7 @@ class SpanPattern:
     kind: Kinds | None = None
     required: Conditions = ()
     absent: Names = ()
+    root: bool | None = None
     _names: tuple[re.Pattern[str], ...] = field(init=False, repr=False, compare=False)
     _scopes: tuple[re.Pattern[str], ...] = field(init=False, repr=False, compare=False)
     _kinds: frozenset[SpanKind] = field(init=False, repr=False, compare=False)
@@ -61,6 +63,8 @@ class SpanPattern:
             raise ConfigurationError("span_name", "is empty, or holds {action} more than once")
         scopes = () if self.scope is None else strings(self.scope, "scope", "an instrumentation scope, or several")
         absent = strings(self.absent, "absent", "a list of attribute keys, such as ['gen_ai.operation.name']")
+        if not (self.root is None or isinstance(self.root, bool)):
+            raise ConfigurationError("root", "accepted is True, False or None")
         self._keep("_names", tuple(map(_name_pattern, names)))
         self._keep("_scopes", tuple(map(_pattern, scopes)))
         self._keep("_kinds", _kinds(self.kind))
@@ -73,7 +77,7 @@ class SpanPattern:
     @property
     def is_conditional(self) -> bool:
         """Whether a span's name, kind and scope don't decide alone."""
-        return bool(self._required or self._absent)
+        return bool(self._required or self._absent) or self.root is not None
 
     @property
     def scope_names(self) -> tuple[str, ...]:
@@ -93,11 +97,13 @@ class SpanPattern:
         """Say whether an instrumentation scope is one that is meant."""
         return not self._scopes or (scope is not None and any(one.fullmatch(scope) for one in self._scopes))
 
-    def holds(self, span_attributes: Mapping[str, Any]) -> bool:
-        """Say whether the required attributes are there, and those that must be absent are not."""
-        return self.has_required(span_attributes) and not any(
-            one.fullmatch(key) for one in self._absent for key in span_attributes
-        )
+    def holds(self, span: ReadableSpan, span_attributes: Mapping[str, Any]) -> bool:
+        """Say whether a span begins its trace, or not, and has the attributes, as is wanted."""
+        if self.root is not None and self.root is not (span.parent is None):
+            return False
+        if not self.has_required(span_attributes):
+            return False
+        return not any(one.fullmatch(key) for one in self._absent for key in span_attributes)
 
     def has_required(self, span_attributes: Mapping[str, Any]) -> bool:
         """Say whether the required attributes are there."""
@@ -110,7 +116,7 @@ class SpanPattern:
             self.has_kind(span.kind)
             and self.has_scope(None if scope is None else scope.name)
             and self.match_name(span.name) is not None
-            and self.holds(span.attributes or {})
+            and self.holds(span, span.attributes or {})
         )
 
 

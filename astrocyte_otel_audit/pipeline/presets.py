@@ -38,6 +38,45 @@ _MCP_CALL: Final = SpanMapping(
 #: One that was turned away before its tool was looked up leaves its span's status unset, as a success does.
 _MCP: Final = (_MCP_CALL, dataclasses.replace(_MCP_CALL, action="tool", unset_outcome="unknown"))
 
+#: A Hindsight server (1.1). The span of a request is renamed after its operation, and knows how that ended; the one of
+#: the same action inside says how much was asked for. Without a request, as over MCP, in a worker or on its engine,
+#: that is all there is, and a recall that fails leaves its status unset. A reflection or consolidation recalls too.
+_HINDSIGHT_OPERATION: Final = SpanMapping(
+    scope="hindsight_api.tracing",
+    span_name="hindsight.retain",
+    action="retain",
+    required=("hindsight.bank_id",),
+    absent=("gen_ai.*",),
+    not_inside=(SpanPattern(scope="hindsight_api.tracing", span_name="hindsight.reflect"),),
+    bank_id=("hindsight.bank_id",),
+    request={"max_tokens": "hindsight.max_tokens", "thinking_budget": "hindsight.thinking_budget"},
+    unset_outcome="unknown",
+)
+_HINDSIGHT: Final = (
+    SpanMapping(
+        span_name="hindsight.{action}",
+        kind="server",
+        required=("hindsight.operation",),
+        bank_id=("hindsight.bank_id",),
+        failure_when={
+            "error.type": "*",
+            "http.response.status_code": ("4*", "5*"),
+            "http.status_code": ("4*", "5*"),
+        },
+    ),
+    dataclasses.replace(
+        _HINDSIGHT_OPERATION,
+        span_name="hindsight.recall",
+        action="consolidation_recall",
+        required={"hindsight.bank_id": "*", "hindsight.fact_types": "observation"},
+        root=True,
+    ),
+    *(
+        dataclasses.replace(_HINDSIGHT_OPERATION, span_name=f"hindsight.{action}", action=action)
+        for action in ("retain", "recall", "reflect", "consolidation")
+    ),
+)
+
 #: Whatever follows OpenTelemetry's semantic conventions for generative AI: they want the operation's name at the span's
 #: start, and let everybody choose the span's own. Of messages, arguments and results nothing is taken.
 _GEN_AI: Final = (
@@ -69,6 +108,7 @@ _GEN_AI: Final = (
 PRESETS: Final[Mapping[str, tuple[SpanMapping, ...]]] = {
     "astrocyte": _ASTROCYTE,
     "gen_ai": _GEN_AI,
+    "hindsight": _HINDSIGHT,
     "mcp": _MCP,
 }
 

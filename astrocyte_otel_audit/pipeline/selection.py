@@ -294,7 +294,7 @@ class Selection:
         self, span: ReadableSpan, given: Mapping[str, Any], live: Span | None
     ) -> tuple[SpanMapping, str] | None:
         for mapping, word in self._candidates_of(span):
-            if mapping.fits(given, self.surroundings.around(live)):
+            if mapping.fits(span, given, self.surroundings.around(live)):
                 action = mapping.action_of(word, given)
                 if action is not None:
                     return mapping, action

@@ -51,6 +51,7 @@ EMITTERS = [
     ("traceloop_openai", "gen_ai"),
     ("pydantic_agent", "gen_ai"),
     ("mcp", "mcp", "gen_ai", "astrocyte"),
+    ("hindsight", "hindsight"),
 ]
 
 
@@ -141,3 +142,35 @@ class TestMCP:
             "tool", "tool.answer", "tool.fail", "tool.memory_recall", "tool.memory_reflect", "tool.memory_retain",
             "tool.no-such-tool", "tool.recall", "tool.refuse", "tool.wait",
         }  # fmt: skip
+
+
+class TestHindsight:
+    def test_has_one_row_for_a_request_whatever_it_does_inside(self, rows):
+        found = [row for row in rows("hindsight", "hindsight")[0.0] if row["transport"] == "http"]
+        assert counted(found, "action", "outcome", "error_type") == {
+            ("retain", "success", None): 2,
+            ("recall", "success", None): 2,
+            ("reflect", "success", None): 1,
+            ("recall", "failure", "401"): 1,
+            ("recall", "failure", "422"): 1,
+            ("retain", "failure", "422"): 1,
+            ("recall", "failure", None): 1,
+            ("retain", "failure", "Exception"): 1,
+            ("recall", "failure", "499"): 1,
+        }
+        assert {row["bank_id"] for row in found} == {"bank-1"}
+
+    def test_says_how_much_was_asked_for_and_not_what(self, rows):
+        recalled = [row for row in rows("hindsight", "hindsight")[0.0] if row["action"] == "recall"]
+        assert recalled[0]["request"] == {"max_tokens": 4096, "thinking_budget": 300}
+
+    def test_does_not_claim_to_know_how_it_ended_where_nobody_says_it(self, rows):
+        others = [row for row in rows("hindsight", "hindsight")[0.0] if row["transport"] != "http"]
+        assert {row["outcome"] for row in others} == {"unknown"}
+        assert counted(others, "action", "transport") == {
+            ("retain", "unknown"): 1,
+            ("consolidation_recall", "unknown"): 8,
+            ("consolidation", "unknown"): 1,
+            ("recall", "mcp"): 1,
+            ("recall", "unknown"): 1,
+        }

@@ -144,6 +144,16 @@ def test_attributes_that_have_to_be_there_or_absent_narrow_the_mapping(span, req
     assert (record_of(span(**attributes), mapping) is not None) is matches
 
 
+@pytest.mark.parametrize(("root", "rows"), [(None, ["a", "b"]), (True, ["a"]), (False, ["b"])])
+def test_a_span_that_begins_its_trace_is_told_from_one_that_does_not(provider, root, rows):
+    mapping = SpanMapping(span_name="memory.{action}", root=root)
+    tracer = provider.get_tracer("memory")
+    with tracer.start_as_current_span("memory.a") as outer, tracer.start_as_current_span("memory.b") as inner:
+        pass
+    found = [record_of(span, mapping) for span in (outer, inner)]
+    assert [record.action for record in found if record is not None] == rows
+
+
 def test_a_mapping_that_does_not_fit_leaves_the_span_to_the_next(span):
     first = SpanMapping(span_name="memory.recall", action="search", required=["memory.index"])
     second = SpanMapping(span_name="memory.{action}")
@@ -380,6 +390,7 @@ def test_a_member_that_is_no_mapping_is_refused_with_what_is_accepted(member, me
         ("required", {"span_name": "{action}", "required": 7}),
         ("required", {"span_name": "{action}", "required": {"a": None}}),
         ("absent", {"span_name": "{action}", "absent": {"a": 1}}),
+        ("root", {"span_name": "{action}", "root": 1}),
         ("inside", {"span_name": "{action}", "inside": ["memory"]}),
         ("not_inside", {"span_name": "{action}", "not_inside": SpanPattern()}),
         ("actor_id", {"span_name": "{action}", "actor_id": 7}),
