@@ -36,6 +36,11 @@ UNREADABLE: Final = "[unreadable]"
 _FAILED = Status(StatusCode.ERROR)
 
 
+def default_normalizer() -> Normalizer:
+    """Return the normalizer of all operations that don't bring their own."""
+    return _default_normalizer
+
+
 def set_default_normalizer(normalizer: Normalizer) -> Normalizer | None:
     """Replace the normalizer of all operations that don't bring their own; `configure_audit` calls this.
 

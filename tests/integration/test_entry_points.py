@@ -126,6 +126,19 @@ def test_under_opentelemetry_instrument_the_environment_is_enough(database, tmp_
     assert rows(database) == [("recall", "bank", sampler == "always_on")]
 
 
+@pytest.mark.parametrize("ratio", ["0", "1"])
+def test_the_sampler_beside_the_whole_pipeline_changes_no_row(database, tmp_path, ratio):
+    ended = run_instrumented(
+        tmp_path,
+        OTEL_ASTROCYTE_AUDIT_DSN=database,
+        OTEL_ASTROCYTE_AUDIT_ACTIONS="recall",
+        OTEL_TRACES_SAMPLER="astrocyte_audit",
+        OTEL_TRACES_SAMPLER_ARG=f"parentbased_traceidratio={ratio}",
+    )
+    assert (ended.stdout, ended.stderr) == ("done\n", "")
+    assert rows(database) == [("recall", "bank", ratio == "1")]
+
+
 def test_who_has_not_asked_for_an_audit_gets_none(tmp_path):
     ended = run_instrumented(tmp_path)
     assert (ended.stdout, ended.stderr) == ("done\n", "")
