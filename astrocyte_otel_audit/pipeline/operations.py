@@ -23,8 +23,11 @@ _Key: TypeAlias = tuple[int, int]
 class _Open(weakref.ref[Span]):
     """An operation that has started. Weak, so that a span which is forgotten without ever being ended goes too."""
 
-    __slots__ = ("begun", "id", "key", "schema", "scope", "taken_in")
+    __slots__ = ("action", "begun", "id", "key", "schema", "scope", "taken_in")
     key: _Key
+    #: As its emitter named it at the start, since an overflowing span drops its oldest attributes; None where a mapping
+    #: has to say it.
+    action: str | None
     #: The id of its row.
     id: str
     scope: ScopeDefaults
@@ -71,12 +74,13 @@ class OpenOperations:
     def __len__(self) -> int:
         return len(self._open)
 
-    def start(self, span: Span, scope: ScopeDefaults, schema: str | None) -> str:
+    def start(self, span: Span, action: str | None, scope: ScopeDefaults, schema: str | None) -> str:
         """Remember an operation by its span, and return the id of its row."""
         context = span.context
         started = _Open(span, self._forget)
         started.key = key = (context.trace_id, context.span_id)
         started.id = row_id = record_id(*key, span.start_time or 0)
+        started.action = action
         started.scope = scope
         started.schema = schema
         started.begun = None
@@ -164,7 +168,9 @@ class OpenOperations:
 
     def _action_of(self, outer: _Open) -> str | None:
         span = outer()
-        return None if span is None else self._selection.action_of(span, span)
+        if outer.action is not None or span is None:
+            return outer.action
+        return self._selection.mapped_action_of(span, span)
 
     def _forget(self, started: weakref.ref[Span]) -> None:
         forgotten = self._open.pop(started.key, None) if isinstance(started, _Open) else None

@@ -19,6 +19,7 @@ from opentelemetry.trace import TracerProvider
 from astrocyte_otel_audit import attributes, settings
 from astrocyte_otel_audit._version import __version__
 from astrocyte_otel_audit.errors import ConfigurationError
+from astrocyte_otel_audit.pipeline.captured import as_str
 from astrocyte_otel_audit.pipeline.directory import SpoolError, check
 from astrocyte_otel_audit.pipeline.exporter import AuditSpanExporter
 from astrocyte_otel_audit.pipeline.handover import Handover
@@ -197,7 +198,7 @@ class AuditSpanProcessor(SpanProcessor):
                 return
             scope = self._scope(selection, parent_context)
             schema = scope.schema or self._exporter.current_schema()
-            row_id = self._operations.start(span, scope, schema)
+            row_id = self._operations.start(span, as_str(given.get(attributes.ACTION)), scope, schema)
             if given.get(attributes.REQUIRED) is True:
                 begun = selection.capture(span, row_id, scope, schema)
                 if taken := begun is not None and self._writer.begin(begun := begun._replace(outcome="unknown")):

@@ -141,18 +141,14 @@ class Selection:
             return _POSSIBLE
         return _CERTAIN if self._allows(action) else _NONE
 
-    def action_of(self, span: ReadableSpan, live: Span | None = None) -> str | None:
-        """Return the action of a span as it is now, whether or not that is allowed; None where it has none.
+    def mapped_action_of(self, span: ReadableSpan, live: Span | None = None) -> str | None:
+        """Return what a mapping says a span's action is, as it is now and whether or not it is allowed, or None.
 
         Args:
             span: the span.
             live: the same one, as it was seen to start, if it was.
         """
-        given = plain_attributes(span)
-        action = as_str(given.get(attributes.ACTION))
-        if action is not None:
-            return action
-        found = self._mapped(span, given, live)
+        found = self._mapped(span, plain_attributes(span), live)
         return None if found is None else found[1]
 
     def capture(

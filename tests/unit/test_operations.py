@@ -756,7 +756,7 @@ def child():
         def begin(name="audit recall", *, required=True, parent=None):
             context = None if parent is None else trace.set_span_in_context(parent)
             span = tracer.start_span(name, context, attributes={"audit.action": "recall"})
-            row_id = operations.start(span, NO_SCOPE, None)
+            row_id = operations.start(span, "recall", NO_SCOPE, None)
             if required:
                 operations.note_begun(span, selection.capture(span, row_id)._replace(outcome="unknown"))
             return span
@@ -810,12 +810,12 @@ def test_a_failed_part_of_what_must_leave_a_row_is_one_too_where_it_is_shut_down
     selection, sink, tracer = Selection("*"), Rows(), TracerProvider(shutdown_on_exit=False).get_tracer("test")
     operations = OpenOperations(selection, sink)
     outer = tracer.start_span("audit forget", attributes={"audit.action": "forget"})
-    begun = selection.capture(outer, operations.start(outer, NO_SCOPE, None))._replace(outcome="unknown")
+    begun = selection.capture(outer, operations.start(outer, "forget", NO_SCOPE, None))._replace(outcome="unknown")
     operations.note_begun(outer, begun)
     context = trace.set_span_in_context(outer)
     failed = {"audit.action": "forget", "audit.outcome": "failure"}
     inner = tracer.start_span("audit forget", context, attributes=failed)
-    operations.start(inner, NO_SCOPE, None)
+    operations.start(inner, "forget", NO_SCOPE, None)
     operations.end(inner)
     assert sink.submitted == []
     operations.abandon()
