@@ -24,13 +24,14 @@ __all__ = [
     "audit_scope",
     "audited",
     "configure_audit",
+    "enrich_astrocyte",
     "get_default_audit_logger",
     "set_default_audit_logger",
 ]
 
 if TYPE_CHECKING:
     from astrocyte_otel_audit.configure import configure_audit
-    from astrocyte_otel_audit.emit import audit_operation, audit_scope, audited
+    from astrocyte_otel_audit.emit import audit_operation, audit_scope, audited, enrich_astrocyte
     from astrocyte_otel_audit.errors import AuditError, AuditUnavailableError, ConfigurationError
     from astrocyte_otel_audit.logger import AuditEntry, AuditLogger, get_default_audit_logger, set_default_audit_logger
     from astrocyte_otel_audit.normalize import Normalizer
@@ -48,7 +49,7 @@ else:
     # OpenTelemetry SDK nor psycopg. Out of a type checker's sight, to which every name would be there.
     _HOMES = {
         "configure": ("configure_audit",),
-        "emit": ("audit_operation", "audit_scope", "audited"),
+        "emit": ("audit_operation", "audit_scope", "audited", "enrich_astrocyte"),
         "errors": ("AuditError", "AuditUnavailableError", "ConfigurationError"),
         "logger": ("AuditEntry", "AuditLogger", "get_default_audit_logger", "set_default_audit_logger"),
         "normalize": ("Normalizer",),

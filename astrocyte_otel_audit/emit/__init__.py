@@ -1,6 +1,7 @@
 """Making audit spans: what an application calls. Knows the OpenTelemetry API, and nothing of where spans go."""
 
 from astrocyte_otel_audit.emit.decorator import audited
+from astrocyte_otel_audit.emit.enrichment import enrich_astrocyte
 from astrocyte_otel_audit.emit.operation import (
     AuditOperation,
     audit_operation,
@@ -17,6 +18,7 @@ __all__ = [
     "audited",
     "current_scope",
     "default_normalizer",
+    "enrich_astrocyte",
     "renew_tracers",
     "set_default_normalizer",
 ]

@@ -79,30 +79,33 @@ _HINDSIGHT: Final = (
 
 #: Whatever follows OpenTelemetry's semantic conventions for generative AI: they want the operation's name at the span's
 #: start, and let everybody choose the span's own. Of messages, arguments and results nothing is taken.
+_GEN_AI_OPERATION: Final = SpanMapping(
+    action="{gen_ai.operation.name}",
+    required=("gen_ai.operation.name",),
+    absent=("mcp.method.name",),
+    actor_id=("gen_ai.user",),
+    request={
+        "model": "gen_ai.request.model",
+        "provider": ("gen_ai.provider.name", "gen_ai.system"),
+        "max_tokens": "gen_ai.request.max_tokens",
+        "stream": ("gen_ai.request.stream", "gen_ai.is_streaming"),
+        "tool": "gen_ai.tool.name",
+        "tool_call_id": "gen_ai.tool.call.id",
+    },
+    response={
+        "model": "gen_ai.response.model",
+        "id": "gen_ai.response.id",
+        "finish_reasons": "gen_ai.response.finish_reasons",
+        "input_tokens": ("gen_ai.usage.input_tokens", "gen_ai.aggregated_usage.input_tokens"),
+        "output_tokens": ("gen_ai.usage.output_tokens", "gen_ai.aggregated_usage.output_tokens"),
+    },
+    metadata={"agent": "gen_ai.agent.name", "conversation_id": "gen_ai.conversation.id"},
+    failure_when={"error.type": "*", "gen_ai.response.finish_reasons": "error"},
+)
+#: Some of traceloop's spans for OpenAI's client get that name later: those are kept by their own.
 _GEN_AI: Final = (
-    SpanMapping(
-        action="{gen_ai.operation.name}",
-        required=("gen_ai.operation.name",),
-        absent=("mcp.method.name",),
-        actor_id=("gen_ai.user",),
-        request={
-            "model": "gen_ai.request.model",
-            "provider": ("gen_ai.provider.name", "gen_ai.system"),
-            "max_tokens": "gen_ai.request.max_tokens",
-            "stream": ("gen_ai.request.stream", "gen_ai.is_streaming"),
-            "tool": "gen_ai.tool.name",
-            "tool_call_id": "gen_ai.tool.call.id",
-        },
-        response={
-            "model": "gen_ai.response.model",
-            "id": "gen_ai.response.id",
-            "finish_reasons": "gen_ai.response.finish_reasons",
-            "input_tokens": ("gen_ai.usage.input_tokens", "gen_ai.aggregated_usage.input_tokens"),
-            "output_tokens": ("gen_ai.usage.output_tokens", "gen_ai.aggregated_usage.output_tokens"),
-        },
-        metadata={"agent": "gen_ai.agent.name", "conversation_id": "gen_ai.conversation.id"},
-        failure_when={"error.type": "*", "gen_ai.response.finish_reasons": "error"},
-    ),
+    _GEN_AI_OPERATION,
+    dataclasses.replace(_GEN_AI_OPERATION, scope="opentelemetry.instrumentation.openai*", span_name="openai.*"),
 )
 
 PRESETS: Final[Mapping[str, tuple[SpanMapping, ...]]] = {

@@ -22,6 +22,8 @@ def rows(module_database):
     known = {}
 
     def of(emitter, *presets):
+        if emitter == "hindsight":
+            pytest.importorskip("hindsight_api", reason="runs with make test-hindsight")
         if (emitter, presets) not in known:
             known[emitter, presets] = {ratio: _run(module_database, emitter, presets, ratio) for ratio in RATIOS}
         return known[emitter, presets]
@@ -31,7 +33,7 @@ def rows(module_database):
 
 def _run(dsn, emitter, presets, ratio):
     provider = TracerProvider(sampler=ParentBased(TraceIdRatioBased(ratio)), shutdown_on_exit=False)
-    processor = configure_audit(dsn=dsn, actions="*", mappings=presets, tracer_provider=provider)
+    processor = configure_audit(dsn=dsn, actions="*", mappings=presets, tracer_provider=provider, migrate=True)
     importlib.import_module(f"tests.emitters.{emitter}").emit(provider)
     assert processor.force_flush(30_000)
     provider.shutdown()
@@ -86,9 +88,10 @@ class TestGenAI:
         assert (first["action"], first["outcome"]) == ("chat", "success")
         assert first["request"]["model"] == "gpt-4o-mini"
         assert first["request"]["provider"] == "openai"
-        assert first["response"] == {
-            "model": "gpt-4o-mini", "id": "chatcmpl-1", "finish_reasons": ["stop"], "input_tokens": 12,
-            "output_tokens": 5,
+        response = first["response"]
+        assert response.pop("id").startswith("chatcmpl-")
+        assert response == {
+            "model": "gpt-4o-mini", "finish_reasons": ["stop"], "input_tokens": 12, "output_tokens": 5,
         }  # fmt: skip
 
     @pytest.mark.parametrize("emitter", ["genai_openai", "traceloop_openai"])
@@ -123,7 +126,7 @@ class TestMCP:
     def test_what_fails_is_a_failure_and_what_was_turned_away_is_not_known(self, rows):
         found = rows("mcp", "mcp", "gen_ai", "astrocyte")[0.0]
         outcomes = counted(found, "action", "outcome", "error_type")
-        assert outcomes["tool.fail", "failure", "tool_error"] == 2  # on fastmcp, and on the official SDK
+        assert outcomes["tool.fail", "failure", "tool_error"] == 3  # on fastmcp, and twice on the official SDK
         assert outcomes["tool.refuse", "failure", "tool_error"] == 2
         assert outcomes["tool", "unknown", None] == 1
 
