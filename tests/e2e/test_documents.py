@@ -68,6 +68,7 @@ def test_the_other_examples_of_the_readme_run(example, database):
         ("astrocyte_brain.py", ["retain", "recall"]),
         ("tenants.py", []),
         ("imperative_logger.py", ["recall"]),
+        ("mapped_spans.py", ["recall", "reflect"]),
     ],
 )
 def test_an_example_leaves_its_rows(example, expected, database):
@@ -76,13 +77,16 @@ def test_an_example_leaves_its_rows(example, expected, database):
     assert [row[0] for row in rows(database)] == expected
     if example == "tenants.py":
         assert len(rows(database, "tenant_a")) == len(rows(database, "Tenant_B")) == 1
+    if example == "mapped_spans.py":
+        request = {"query": {"length": 22}, "top_k": 10}
+        assert rows(database)[0][1:] == ("user-calvin", "success", "calvin", request, {"hits": 1})
     if example == "own_pipeline.py":
         assert rows(database)[-1][2] == "failure"
     assert "Calvin" not in str([row[4:] for row in rows(database)])
 
 
 def test_every_example_is_tested():
-    here = {"own_pipeline.py", "astrocyte_brain.py", "tenants.py", "imperative_logger.py"}
+    here = {"own_pipeline.py", "astrocyte_brain.py", "tenants.py", "imperative_logger.py", "mapped_spans.py"}
     tested = here | {"astrocyte_enriched.py"}  # in test_astrocyte_enrichment.py
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == tested
 
