@@ -34,9 +34,9 @@ def check_settings(examination: Examination) -> Iterator[Finding]:
             yield warning("settings", f"{name} is not a setting, and nobody reads it", _meant(name, known))
     refused = list(examination.refused.values())
     try:
-        resolve_mappings(examination.value("mappings"))
+        resolve_mappings()
     except ConfigurationError as error:
-        refused.append(ConfigurationError(settings.PREFIX + "MAPPINGS", str(error).removeprefix("mappings: ")))
+        refused.append(error)
     for refusal in refused:
         yield failed("settings", *in_two(str(refusal)))
     if not wrong and not refused:

@@ -124,7 +124,7 @@ class AuditSpanExporter(SpanExporter):
             )
         self.selection = Selection(
             settings.resolve("actions", actions),
-            resolve_mappings(settings.resolve("mappings", mappings)),
+            resolve_mappings(mappings),
             normalizer=normalizer,
             actor_baggage=settings.resolve("actor_baggage", actor_baggage),
             switch=None if enabled_for is None else Switch(enabled_for),

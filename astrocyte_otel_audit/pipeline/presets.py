@@ -116,28 +116,31 @@ PRESETS: Final[Mapping[str, tuple[SpanMapping, ...]]] = {
 }
 
 
-def resolve_mappings(mappings: Iterable[SpanMapping | str | Mapping[str, Any]]) -> tuple[SpanMapping, ...]:
+def resolve_mappings(given: Iterable[SpanMapping | str | Mapping[str, Any]] | None = None) -> tuple[SpanMapping, ...]:
     """Return the mappings, with the names of presets replaced by what they stand for.
 
     Args:
-        mappings: mappings, names of presets, or the arguments of a `SpanMapping` by name, as a file has them.
+        given: mappings, names of presets, or the arguments of a `SpanMapping` by name, as a file has them; by default
+            what the environment says.
 
     Raises:
         ConfigurationError: a name that is no preset, a member that is no mapping, or an argument that can't be used.
     """
+    setting = settings.SETTINGS["mappings"]
+    source = setting.name if given is not None else setting.variables[0]
     resolved: list[SpanMapping] = []
-    for position, mapping in enumerate(mappings):
+    for position, mapping in enumerate(setting.resolve(given)):
         if isinstance(mapping, SpanMapping):
             resolved.append(mapping)
         elif isinstance(mapping, Mapping):
-            resolved.append(_made(SpanMapping, mapping, f"mappings[{position}]"))
+            resolved.append(_made(SpanMapping, mapping, f"{source}[{position}]"))
         elif isinstance(mapping, str) and mapping in PRESETS:
             resolved.extend(PRESETS[mapping])
         else:
             shown = settings.shown(mapping)
             close = difflib.get_close_matches(mapping, PRESETS, 1) if isinstance(mapping, str) else []
             raise ConfigurationError(
-                "mappings",
+                source,
                 f"holds {shown}; accepted are SpanMapping and {', '.join(PRESETS)}"
                 + "".join(f" (did you mean {name!r}?)" for name in close),
             )
@@ -162,6 +165,6 @@ def _made(kind: type[_Pattern], given: Mapping[str, Any], source: str) -> _Patte
     try:
         return kind(**arguments)
     except ConfigurationError as error:
-        if error.source.startswith("mappings["):
+        if error.source.startswith(source):
             raise
         raise ConfigurationError(f"{source}.{error.source}", error.problem) from None

@@ -62,9 +62,7 @@ class AuditSampler(Sampler):
         if delegate is not None and not hasattr(delegate, "should_sample"):
             raise ConfigurationError("delegate", f"got a {type(delegate).__name__}; accepted is a Sampler")
         self.delegate: Sampler = delegate if delegate is not None else DEFAULT_ON
-        self._selection = Selection(
-            settings.resolve("actions", actions), resolve_mappings(settings.resolve("mappings", mappings))
-        )
+        self._selection = Selection(settings.resolve("actions", actions), resolve_mappings(mappings))
 
     @property
     def selection(self) -> Selection:

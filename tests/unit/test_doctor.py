@@ -87,7 +87,7 @@ def test_a_misspelt_variable_is_a_warning_with_the_nearest_name(monkeypatch, nam
     [
         (PREFIX + "TABLE", "a;b", "got 'a;b'", "accepted is a name of 1 to 44 letters"),
         (PREFIX + "SPOOL_FSYNC", "sometimes", "got 'sometimes'", "accepted is never, interval or always"),
-        (PREFIX + "MAPPINGS", "hindsight", "holds 'hindsight'", "accepted are SpanMapping and astrocyte"),
+        (PREFIX + "MAPPINGS", "hindsite", "holds 'hindsite'", "accepted are SpanMapping and astrocyte"),
         (PREFIX + "MAX_QUEUE_SIZE", "many", "got 'many'", "accepted is a whole number"),
         ("OTEL_BSP_SCHEDULE_DELAY", "-1", "got -1", "accepted is a number above 0"),
         (PREFIX + "SCHEMA", "host=x password=hunter2", "got what looks like a connection string", "accepted is a name"),
@@ -205,8 +205,8 @@ def test_a_version_that_is_not_supported_is_a_warning(monkeypatch, installed):
     monkeypatch.setattr(metadata, "version", lambda name: installed if name == "psycopg" else real(name))
     found = the_only(process.check_versions(Examination()))
     assert found.status == "warning"
-    assert found.what == f"psycopg {installed} is installed; supported is >=3.2, <4"
-    assert found.advice == "pip install 'psycopg>=3.2,<4'"
+    assert found.what == f"psycopg {installed} is installed; supported is >=3.2.1, <4"
+    assert found.advice == "pip install 'psycopg>=3.2.1,<4'"
 
 
 # Wiring

@@ -444,3 +444,11 @@ def test_a_mapping_is_written_out_as_a_file_has_it(span):
 def test_a_mistake_in_a_written_out_mapping_is_named_by_its_place(written, message):
     with pytest.raises(ConfigurationError, match=message):
         resolve_mappings(["astrocyte", written])
+
+
+def test_a_preset_that_the_environment_names_is_resolved_and_a_wrong_one_is_refused_by_its_variable(monkeypatch):
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_MAPPINGS", "mcp, gen_ai")
+    assert resolve_mappings() == (*PRESETS["mcp"], *PRESETS["gen_ai"])
+    monkeypatch.setenv("OTEL_ASTROCYTE_AUDIT_MAPPINGS", "mcp,gen-ai")
+    with pytest.raises(ConfigurationError, match=r"^OTEL_ASTROCYTE_AUDIT_MAPPINGS: holds 'gen-ai'.*'gen_ai'\?\)$"):
+        resolve_mappings()
