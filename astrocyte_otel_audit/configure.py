@@ -6,31 +6,27 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 from opentelemetry import trace
 from opentelemetry.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider as SDKTracerProvider
-from opentelemetry.trace import NoOpTracer, ProxyTracerProvider, TracerProvider
+from opentelemetry.trace import ProxyTracerProvider, TracerProvider
 
-from astrocyte_otel_audit import attributes, emit, settings
-from astrocyte_otel_audit._version import __version__
+from astrocyte_otel_audit import attachment, emit, settings
+from astrocyte_otel_audit.attachment import Pipeline
 from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.normalize import Normalizer
-from astrocyte_otel_audit.pipeline import AuditSampler, AuditSpanExporter, AuditSpanProcessor, SpanMapping, Storage
+from astrocyte_otel_audit.pipeline import AuditSpanExporter, AuditSpanProcessor, SpanMapping, Storage
 from astrocyte_otel_audit.pipeline.exporter import Elsewhere
 from astrocyte_otel_audit.pipeline.spool import Fsync
 from astrocyte_otel_audit.pipeline.switch import EnabledFor
-from astrocyte_otel_audit.postgres import dsn_of_pool
+from astrocyte_otel_audit.postgres import AuditTable, dsn_of_pool
 from astrocyte_otel_audit.retention import Retention, resolve_retention
 
 _logger = logging.getLogger(__name__)
 
-#: A record has up to 11 attributes of its own; below these limits a record, or an id in it, would be cut.
-_MIN_ATTRIBUTES = 32
-_MIN_ATTRIBUTE_LENGTH = 128
-
-_attached: WeakKeyDictionary[Any, list[AuditSpanProcessor]] = WeakKeyDictionary()
+_MIN_ATTRIBUTES = attachment.MIN_ATTRIBUTES
+_MIN_ATTRIBUTE_LENGTH = attachment.MIN_ATTRIBUTE_LENGTH
 
 
 def configure_audit(
@@ -67,8 +63,13 @@ def configure_audit(
     """Set the audit up: the sampler around the provider's own, the processor, its exporter and the table.
 
     Returns at once, whether or not Postgres is there: the connection is made by the processor's thread, which says
-    in the log what keeps it from writing. Call it once, early: nobody notes who acts in operations that have begun
-    before, and before SDK 1.42 a tracer that another library has got already keeps the sampler it had.
+    in the log what keeps it from writing. Call it early, but after a vendor's SDK that makes a tracer provider:
+    nobody notes who acts in operations that have begun before, and before SDK 1.42 a tracer that another library has
+    got already keeps the sampler it had.
+
+    Once for each place: called again on the same provider for the same destination, table and schema, it returns the
+    processor that works there, and warns of arguments that differ, which are ignored. Pipelines to different places
+    work side by side, each with its own allowlist. Thread-safe.
 
     Args:
         dsn: connection string of the writer's role. Like every argument it falls back to its environment variable,
@@ -94,7 +95,8 @@ def configure_audit(
         normalizer: what of a payload may be stored; `Normalizer` has the defaults. It is the process's: operations
             don't know which pipeline will take them, so a second one replaces the first, with a warning.
         tracer_provider: where to attach; by default the global one.
-        create_provider: make and set a global provider where there is none.
+        create_provider: make and set a global provider where there is none. False attaches to the one that somebody
+            else sets later, as soon as it is set: what begins before isn't audited.
         writer: ``thread``, or ``external``: this process has no connection and no thread; the command
             `astrocyte-otel-audit writer` writes what is in the spool.
         destination: a name for where records go, the same for all that shall write each other's; by default made of
@@ -108,6 +110,8 @@ def configure_audit(
     Raises:
         ConfigurationError: an argument or variable that can't be used. Nothing was attached then.
     """
+    arguments = locals()
+    given = {name for name, value in arguments.items() if value is not None}
     if settings.resolve("writer", writer) == "external":
         if dsn is not None or pool is not None or storage is not None:
             raise ConfigurationError(
@@ -138,51 +142,72 @@ def configure_audit(
     sizes = {name: settings.resolve(name, size) for name, size in sizes.items()}
     if policy is not None:
         exporter.sweeper(retention_dsn)
-    processor = AuditSpanProcessor(exporter, retention=False, meter_provider=meter_provider, **sizes)
-    try:
-        provider = _provider(tracer_provider, create=create_provider)
+    in_effect = {
+        **sizes,
+        "dsn": hash(dsn),  # only to compare: no second place that holds a password
+        "pool": pool,
+        "actions": frozenset(exporter.selection.allowlist.actions),
+        "mappings": exporter.selection.mappings,
+        "actor_baggage": settings.resolve("actor_baggage", actor_baggage),
+        "enabled_for": enabled_for,
+        "migrate": settings.resolve("migrate", migrate),
+        "retention": policy,
+        "retention_dsn": hash(retention_dsn),
+        "meter_provider": meter_provider,
+    }
+    kept_by_others = None if isinstance(exporter.storage, (AuditTable, Elsewhere)) else exporter.storage
+    place = (
+        exporter.destination, getattr(exporter.storage, "table", None), settings.resolve("schema", schema),
+        kept_by_others,
+    )  # fmt: skip
+    with attachment.lock:
+        provider = attachment.given_or_global(tracer_provider)
+        pipeline = next((one for one in attachment.pipelines_of(provider) if one.place == place), None)
+        if pipeline is not None:
+            _warn_of_what_is_ignored(
+                name for name, value in in_effect.items() if name in given and value != pipeline.settings[name]
+            )
+            if provider is None and create_provider:
+                _make_provider()  # to which it attaches, as it waits for one
+        else:
+            processor = AuditSpanProcessor(exporter, retention=False, meter_provider=meter_provider, **sizes)
+            pipeline = Pipeline(processor, place, in_effect, policy, retention_dsn)
+            try:
+                if provider is None and create_provider:
+                    provider = _make_provider()
+                if provider is None:
+                    attachment.attach_once_there_is_one(pipeline)
+                else:
+                    attachment.attach(provider, pipeline)
+            except BaseException:
+                processor.shutdown()  # its thread runs already, and nobody else has it
+                raise
         if normalizer is not None:
             _normalize_all_by(normalizer)
-        # In this order: a span that only the sampler has seen would be kept for a processor that missed its start,
-        # and so its tenant.
-        provider.add_span_processor(processor)
-        _wrap_sampler(provider, exporter)
-        emit.renew_tracers()
-        _warn_of_what_leaves_the_log_empty(provider, exporter)
-        if policy is not None:  # not before: its runs are spans of this provider
-            processor.start_retention(policy, dsn=retention_dsn, tracer_provider=provider)
-        _attached.setdefault(provider, []).append(processor)
-    except BaseException:
-        processor.shutdown()  # its thread runs already, and nobody else has it
-        raise
-    return processor
+    return pipeline.processor
 
 
 def attached_to(provider: TracerProvider) -> list[AuditSpanProcessor]:
-    """Return the processors that `configure_audit` has attached to a provider."""
-    return list(_attached.get(provider, ()))
+    """Return the processors that `configure_audit` has attached to a provider, or that wait for the global one."""
+    place = None if isinstance(provider, ProxyTracerProvider) else provider
+    return [pipeline.processor for pipeline in attachment.pipelines_of(place)]
 
 
-def _provider(given: TracerProvider | None, *, create: bool) -> Any:
-    provider = given if given is not None else trace.get_tracer_provider()
-    if hasattr(provider, "add_span_processor"):
-        return provider
-    if given is not None or not create:
-        raise ConfigurationError(
-            "tracer_provider",
-            f"got a {type(provider).__module__}.{type(provider).__qualname__}, which takes no span processors; "
-            "accepted is an opentelemetry.sdk.trace.TracerProvider",
-        )
-    if not isinstance(provider, ProxyTracerProvider):
-        raise ConfigurationError(
-            "tracer_provider", f"the global one is a {type(provider).__qualname__}, which takes no span processors"
-        )
+def _make_provider() -> SDKTracerProvider:
     provider = SDKTracerProvider()
     trace.set_tracer_provider(provider)
     _logger.info(
         "There was no tracer provider, so one was made and set. Make yours before configure_audit() to keep it."
     )
     return provider
+
+
+def _warn_of_what_is_ignored(names: Iterable[str]) -> None:
+    if ignored := ", ".join(sorted(names)):
+        _logger.warning(
+            "configure_audit() was called once more for a table that the tracer provider has a pipeline to. That stays "
+            "as it is; ignored, as it has them differently: %s. Call it once, or name another table.", ignored,
+        )  # fmt: skip
 
 
 def _normalize_all_by(normalizer: Normalizer) -> None:
@@ -192,53 +217,6 @@ def _normalize_all_by(normalizer: Normalizer) -> None:
             "A second configure_audit() has replaced the normalizer of the first one, for all operations: it is the "
             "process's. Give both the same Normalizer, or operations their own, as in @audited('recall', normalizer=…)."
         )
-
-
-def _wrap_sampler(provider: Any, exporter: AuditSpanExporter) -> None:
-    selection = exporter.selection
-    sampler = getattr(provider, "sampler", None)
-    if sampler is None:
-        _logger.warning(
-            "The sampler of a %s can't be wrapped: audit spans that it drops are not audited.",
-            type(provider).__qualname__,
-        )
-        return
-    wrapped = AuditSampler(sampler, actions=selection.allowlist.actions, mappings=selection.mappings)
-    provider.sampler = wrapped
-    # A tracer takes its provider's sampler when it is made. Since SDK 1.42 the provider keeps it for the next caller,
-    # and has no public way to ask for all that it keeps: those of scopes that are known can be had in any case.
-    kept = getattr(provider, "_tracers", None)
-    tracers = list(kept.values()) if isinstance(kept, dict) else []
-    tracers.append(provider.get_tracer(attributes.SCOPE_NAME, __version__))
-    tracers += [provider.get_tracer(scope) for mapping in selection.mappings for scope in mapping.scope_names]
-    for tracer in tracers:
-        if getattr(tracer, "sampler", None) is sampler:
-            tracer.sampler = wrapped
-
-
-def _warn_of_what_leaves_the_log_empty(provider: Any, exporter: AuditSpanExporter) -> None:
-    if not exporter.selection.allowlist.actions:
-        _logger.warning(
-            "Nothing is audited: the allowlist is empty. Name actions, as in configure_audit(actions=['retain', "
-            "'recall']) or OTEL_ASTROCYTE_AUDIT_ACTIONS=retain,recall, or take '*' for all."
-        )
-    if isinstance(provider.get_tracer(attributes.SCOPE_NAME, __version__), NoOpTracer):
-        _logger.warning(
-            "Nothing is audited: the tracer provider makes no spans. If OTEL_SDK_DISABLED=true is set, unset it; to "
-            "keep traces from being exported, set OTEL_TRACES_SAMPLER=always_off instead, which the audit doesn't mind."
-        )
-    limits = getattr(provider, "_span_limits", None)  # there is no public way to ask
-    count, length = (getattr(limits, name, None) for name in ("max_span_attributes", "max_span_attribute_length"))
-    if count is not None and count < _MIN_ATTRIBUTES:
-        _logger.warning(
-            "Spans may have only %d attributes, so audit records will be cut: set "
-            "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT to %d or more.", count, _MIN_ATTRIBUTES,
-        )  # fmt: skip
-    if length is not None and length < _MIN_ATTRIBUTE_LENGTH:
-        _logger.warning(
-            "Attribute values are cut at %d characters, so audit records will be cut: set "
-            "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT to %d or more.", length, _MIN_ATTRIBUTE_LENGTH,
-        )  # fmt: skip
 
 
 __all__ = ["attached_to", "configure_audit", "dsn_of_pool"]

@@ -8,6 +8,7 @@ so that dashboards made for the stock processor show this one too.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -85,7 +86,8 @@ class _Sources:
 
 
 _numbers = itertools.count()
-_sources_by_provider: WeakKeyDictionary[MeterProvider, _Sources] = WeakKeyDictionary()
+#: By the identity of the provider: a vendor's, such as logfire's, may have no hash.
+_sources_by_provider: dict[int, _Sources] = {}
 #: Of those that were the global provider: first the API's stand-in, later the application's own.
 _global_sources: list[_Sources] = []
 
@@ -122,9 +124,10 @@ class Metrics:
             capacity: operations that it holds in memory at most.
         """
         made = _Sources()
-        sources = _sources_by_provider.setdefault(self._provider, made)
+        sources = _sources_by_provider.setdefault(id(self._provider), made)
         sources.add(source, capacity, self._number)
         if sources is made:
+            weakref.finalize(self._provider, _sources_by_provider.pop, id(self._provider), None).atexit = False
             _make_instruments(self._meter, made)
         if self._provider is get_meter_provider():
             if sources is made:

@@ -110,6 +110,7 @@ class AuditSpanProcessor(SpanProcessor):
         if policy is not None:
             exporter.sweeper(retention_dsn)  # refused before anything runs
         self._retention: RetentionTask | None = None
+        self._is_shut_down = False
         self._exporter = exporter
         self._troubles = Troubles(_logger, time.monotonic)
         blocks = settings.resolve("on_full", on_full) == "block"
@@ -161,6 +162,11 @@ class AuditSpanProcessor(SpanProcessor):
     def retention(self) -> RetentionTask | None:
         """What deletes expired records; None where they are kept for ever."""
         return self._retention
+
+    @property
+    def is_shut_down(self) -> bool:
+        """Whether it refuses new spans."""
+        return self._is_shut_down
 
     def start_retention(
         self, policy: RetentionPolicy, *, dsn: str | None = None, tracer_provider: TracerProvider | None = None
@@ -245,6 +251,7 @@ class AuditSpanProcessor(SpanProcessor):
         The retention stops first, so that the row of a run that is under way still gets in. What can't be written by
         then stays in the spool, for the next process. Harmless when repeated.
         """
+        self._is_shut_down = True
         seconds = self._drain_seconds
         if self._retention is not None:
             began = time.monotonic()

@@ -83,6 +83,16 @@ class Selection:
         self._kept_for = Memo(self._find_kept_for)
         self._candidates = Memo(self._find_candidates)
 
+    @property
+    def maps_in_vain(self) -> bool:
+        """Whether there are mappings, and none can give an action that is allowed."""
+        given = [mapping.action for mapping in self.mappings]
+        return bool(given) and not any("{" in action or self._allows(action) for action in given)
+
+    def wants_as(self, other: Selection) -> bool:
+        """Say whether a sampler keeps the same spans for another one."""
+        return (self.allowlist.actions, self.mappings) == (other.allowlist.actions, other.mappings)
+
     def may_audit(
         self,
         span_name: str,

@@ -14,7 +14,7 @@ from opentelemetry.sdk._configuration import _OTelSDKConfigurator
 from opentelemetry import trace
 from astrocyte_otel_audit import audited
 
-_OTelSDKConfigurator(auto_instrumentation_version=None).configure()
+_OTelSDKConfigurator().configure()
 
 @audited("recall", bank_id="bank")
 def recall(query):

@@ -1,6 +1,7 @@
 """`configure_audit`: builds the pipeline, attaches it, and says what would leave the log empty."""
 
 import asyncio
+import gc
 import logging
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from astrocyte_otel_audit import (
     Normalizer,
     RetentionPolicy,
     SpanMapping,
+    attachment,
     audit_operation,
     audit_scope,
     audited,
@@ -91,6 +94,26 @@ def test_the_providers_sampler_is_wrapped_with_the_same_actions_and_mappings(dro
     assert dropping.sampler.delegate is ALWAYS_OFF
     assert dropping.sampler.selection.allowlist.actions == ("recall",)
     assert dropping.sampler.selection.mappings == (mapping,)
+
+
+def test_a_sampler_that_wants_the_same_is_not_wrapped_again(storage):
+    named = AuditSampler(ALWAYS_OFF, actions=["recall"])  # as OTEL_TRACES_SAMPLER names it
+    provider = TracerProvider(sampler=named, shutdown_on_exit=False)
+    configure_audit(storage=storage, actions=["recall"], tracer_provider=provider)
+    assert provider.sampler is named
+    configure_audit(storage=MemoryStorage(), actions=["retain"], tracer_provider=provider)
+    assert provider.sampler.delegate is named
+    provider.shutdown()
+
+
+@pytest.mark.parametrize(("action", "is_said"), [("search", True), ("recall", False), ("{memory.operation}", False)])
+def test_mappings_of_which_no_action_is_allowed_are_warned_of(storage, provider, said, action, is_said):
+    mapping = SpanMapping(span_name="memory.search", action=action)
+    configure_audit(storage=storage, actions=["recall"], mappings=[mapping], tracer_provider=provider)
+    messages = [
+        message for message in said() if "none of the mappings gives an action that actions=['recall']" in message
+    ]
+    assert bool(messages) is is_said
 
 
 def test_a_tracer_of_ours_that_was_handed_out_before_gets_the_sampler(dropping, storage):
@@ -191,28 +214,34 @@ def test_another_normalizer_replaces_the_first_one_with_a_warning(provider, drop
     assert "has replaced the normalizer of the first one" in warning
 
 
-class Watched(TracerProvider):
-    """Runs a function when a processor is attached, before or after."""
+@pytest.fixture
+def around_adding(monkeypatch):
+    """Runs functions around the SDK's own way of adding a processor, which is what is called whatever overrides it."""
+    steps = {"before": lambda: None, "after": lambda: None}
+    add = TracerProvider.add_span_processor
 
-    before = after = staticmethod(lambda: None)
+    def added(provider, processor):
+        steps["before"]()
+        add(provider, processor)
+        steps["after"]()
 
-    def add_span_processor(self, processor):
-        self.before()
-        super().add_span_processor(processor)
-        self.after()
+    monkeypatch.setattr(TracerProvider, "add_span_processor", added)
+    return steps
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("sampler", [ALWAYS_OFF, ALWAYS_ON], ids=["dropping", "sampling"])
-def test_an_operation_that_starts_meanwhile_is_audited_with_its_tenant_or_not_at_all(storage, moment, sampler):
-    provider = Watched(sampler=sampler, shutdown_on_exit=False)
+def test_an_operation_that_starts_meanwhile_is_audited_with_its_tenant_or_not_at_all(
+    storage, around_adding, moment, sampler
+):
+    provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
     meanwhile = audit_operation("recall", bank_id="bank-1", tracer_provider=provider)
 
     def start():
         with audit_scope(schema="tenant_a"):
             meanwhile.start()
 
-    setattr(provider, moment, start)
+    around_adding[moment] = start
     processor = configure_audit(storage=storage, actions="*", tracer_provider=provider)
     meanwhile.finish()
     assert processor.force_flush(10_000)
@@ -234,30 +263,176 @@ class Broken(TracerProvider):
             raise AttributeError(name)
         super().__setattr__(name, value)
 
-    def add_span_processor(self, processor):
-        if self.step == "processor":
-            raise RuntimeError
-        super().add_span_processor(processor)
-
     def get_tracer(self, *arguments, **named):
         if self.step == "tracer":
             raise RuntimeError
         return super().get_tracer(*arguments, **named)
 
-    def __hash__(self):
-        if self.step == "hash":
-            raise TypeError
-        return super().__hash__()
 
+@pytest.mark.parametrize("step", ["processor", "sampler", "tracer"])
+def test_a_set_up_that_fails_leaves_nothing_running(storage, around_adding, step):
+    def fail():
+        raise RuntimeError
 
-@pytest.mark.parametrize("step", ["processor", "sampler", "tracer", "hash"])
-def test_a_set_up_that_fails_leaves_nothing_running(storage, step):
+    if step == "processor":
+        around_adding["before"] = fail
     provider, threads = Broken(step), threading.active_count()
-    with pytest.raises((AttributeError, RuntimeError, TypeError)):
+    with pytest.raises((AttributeError, RuntimeError)):
         configure_audit(storage=storage, actions="*", tracer_provider=provider)
     assert storage.closed
     assert threading.active_count() == threads
+    assert attached_to(provider) == []
     provider.shutdown()
+
+
+# Providers of others.
+
+
+class Replacing(TracerProvider):
+    """As a vendor's is whose first processor goes when another one is added."""
+
+    def add_span_processor(self, processor):
+        raise AssertionError("its own processor would go")
+
+
+class Proxy(trace.TracerProvider):
+    """As a vendor's is that is swapped beneath its tracers: no SDK class, and without a hash."""
+
+    __hash__ = None
+
+    def __init__(self, provider):
+        self.provider = provider
+
+    def get_tracer(self, *arguments, **named):
+        return self.provider.get_tracer(*arguments, **named)
+
+    def add_span_processor(self, processor):
+        self.provider.add_span_processor(processor)
+
+
+def test_only_the_sdk_adds_the_processor_whatever_the_provider_makes_of_adding(storage):
+    provider = Replacing(shutdown_on_exit=False)
+    processor = configure_audit(storage=storage, actions="*", tracer_provider=provider)
+    with audit_operation("recall", tracer_provider=provider):
+        pass
+    assert rows_after(processor, storage) == ["recall"]
+    provider.shutdown()
+
+
+@needs_kept_tracers
+def test_a_proxy_is_attached_to_where_its_spans_are_made(dropping, storage):
+    proxy = Proxy(dropping)
+    tracer = proxy.get_tracer("memory")
+    mapping = SpanMapping(span_name="memory.{action}")
+    processor = configure_audit(storage=storage, actions="*", mappings=[mapping], tracer_provider=proxy)
+    tracer.start_span("memory.recall").end()
+    assert attached_to(proxy) == attached_to(dropping) == [processor]
+    assert isinstance(dropping.sampler, AuditSampler)
+    assert rows_after(processor, storage) == ["recall"]
+
+
+def test_a_proxy_whose_provider_is_another_one_now_has_nothing_attached(provider, dropping, storage):
+    proxy = Proxy(provider)
+    configure_audit(storage=storage, actions="*", tracer_provider=proxy)
+    proxy.provider = dropping
+    assert attached_to(proxy) == []
+    again = configure_audit(storage=storage, actions="*", tracer_provider=proxy)
+    assert attached_to(proxy) == attached_to(dropping) == [again]
+
+
+def test_a_provider_that_is_gone_leaves_nothing_behind(storage):
+    provider = TracerProvider(shutdown_on_exit=False)
+    configure_audit(storage=storage, actions="*", tracer_provider=provider).shutdown()
+    key = id(provider)
+    assert key in attachment._pipelines
+    del provider
+    gc.collect()
+    assert key not in attachment._pipelines
+
+
+# Called once more.
+
+
+def said_of_calls(said):
+    """The warnings, but for those that nothing listens there."""
+    return [message for message in said() if "configure_audit" in message]
+
+
+def test_called_again_for_the_same_place_it_returns_what_is_there_and_says_nothing(provider, storage, said):
+    arguments = {"storage": storage, "actions": ["recall", "retain"], "tracer_provider": provider}
+    sampler, threads = provider.sampler, threading.active_count()
+    first = configure_audit(**arguments)
+    wrapped, running = provider.sampler, threading.active_count()
+    assert wrapped is not sampler
+    assert running == threads + 1
+    assert configure_audit(**{**arguments, "actions": ["retain", "recall"]}) is first
+    assert configure_audit(storage=storage, tracer_provider=provider, create_provider=False) is first
+    assert (provider.sampler, threading.active_count()) == (wrapped, running)
+    assert attached_to(provider) == [first]
+    with audit_operation("recall", tracer_provider=provider):
+        pass
+    assert rows_after(first, storage) == ["recall"]
+    assert (first.stats()["accepted"], said()) == (1, [])
+
+
+def test_called_again_with_other_settings_it_names_those_that_are_ignored(provider, said):
+    dsn = "postgresql://writer:hunter2-planted@127.0.0.1:1/none"
+    first = configure_audit(dsn=dsn, actions=["recall"], tracer_provider=provider, export_timeout_millis=50.0)
+    again = configure_audit(
+        dsn=dsn.replace("hunter2-planted", "hunter3-planted"), actions="*", migrate=False, max_queue_size=7,
+        mappings=["astrocyte"], tracer_provider=provider,
+    )  # fmt: skip
+    assert again is first
+    assert first.exporter.selection.allowlist.actions == ("recall",)
+    [warning] = said_of_calls(said)
+    assert "ignored, as it has them differently: actions, dsn, mappings, max_queue_size. Call it once" in warning
+    assert "hunter" not in warning
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"dsn": "postgresql://127.0.0.1:1/other"},
+        {"dsn": "postgresql://127.0.0.1:2/none"},
+        {"table": "other_log"},
+        {"schema": "other"},
+        {"destination": "other"},
+    ],
+    ids=lambda other: "".join(other),
+)
+def test_another_place_is_another_pipeline(provider, said, other):
+    arguments = {
+        "dsn": "postgresql://127.0.0.1:1/none", "actions": ["recall"], "tracer_provider": provider,
+        "export_timeout_millis": 50.0,
+    }  # fmt: skip
+    first, second = configure_audit(**arguments), configure_audit(**{**arguments, **other})
+    assert attached_to(provider) == [first, second]
+    assert configure_audit(**{**arguments, **other}) is second
+    assert said_of_calls(said) == []
+
+
+def test_another_provider_is_another_pipeline(provider, dropping, storage):
+    first, second = (
+        configure_audit(storage=storage, actions="*", tracer_provider=each) for each in (provider, dropping)
+    )
+    assert first is not second
+
+
+def test_a_pipeline_that_is_shut_down_makes_room_for_another(provider, said):
+    first, second = MemoryStorage(), MemoryStorage()
+    arguments = {"actions": "*", "tracer_provider": provider, "destination": "here"}
+    before = configure_audit(storage=first, **arguments)
+    before.shutdown()
+    assert attached_to(provider) == []
+    after = configure_audit(storage=second, **arguments)
+    assert attached_to(provider) == [after]
+
+
+def test_threads_that_call_it_at_once_get_one_pipeline(provider, storage):
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(configure_audit, storage=storage, actions="*", tracer_provider=provider) for _ in range(8)]
+        assert len({call.result() for call in calls}) == 1
+    assert len(attached_to(provider)) == 1
 
 
 def test_configuring_returns_at_once_while_nothing_listens(provider):
@@ -362,7 +537,7 @@ def test_a_global_provider_whose_tracers_are_in_use_already_is_wrapped_all_the_s
     ) == ["recall", "recall", "retain"]
 
 
-def test_no_global_provider_is_made_where_that_is_not_wanted_or_an_argument_is_wrong():
+def test_no_global_provider_is_made_where_an_argument_is_wrong():
     assert run(
         """
         from opentelemetry import trace
@@ -371,7 +546,6 @@ def test_no_global_provider_is_made_where_that_is_not_wanted_or_an_argument_is_w
         from tests.support import MemoryStorage
 
         for arguments in [
-            {"create_provider": False},
             {"max_queue_size": 0},
             {"normalizer": 7},
             {"actions": "recall"},
@@ -388,7 +562,7 @@ def test_no_global_provider_is_made_where_that_is_not_wanted_or_an_argument_is_w
             assert type(trace.get_tracer_provider()) is ProxyTracerProvider
         """
     ) == [
-        "tracer_provider", "max_queue_size", "normalizer", "actions", "destination", "spool_keep_seconds", "writer",
+        "max_queue_size", "normalizer", "actions", "destination", "spool_keep_seconds", "writer",
         "spool_dir", "spool_keep_seconds",
     ]  # fmt: skip
 
@@ -410,6 +584,176 @@ def test_what_waits_is_written_when_the_interpreter_ends():
         recall()
         """
     ) == ["recall"]
+
+
+# The global provider, set later.
+
+LATER = """
+    import logging, sys
+    logging.basicConfig(stream=sys.stdout, format="%(levelname)s:%(message).32s")
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+    from opentelemetry.trace import set_tracer_provider
+    from astrocyte_otel_audit import AuditLogger, SpanMapping, audited, configure_audit
+    from astrocyte_otel_audit.configure import attached_to
+    from tests.support import MemoryStorage
+
+    library = trace.get_tracer("memory")
+
+    @audited("recall")
+    def recall(): ...
+
+    storage = MemoryStorage()
+    arguments = {"storage": storage, "actions": "*", "mappings": [SpanMapping(span_name="memory.{action}")]}
+    processor = configure_audit(create_provider=False, **arguments)
+    recall()
+
+    def actions():
+        assert processor.force_flush()
+        return [row.action for row in storage.records]
+"""
+
+
+def run_later(script):
+    return run(textwrap.dedent(LATER) + textwrap.dedent(script))
+
+
+@pytest.mark.parametrize(
+    "set_it",
+    ["trace.set_tracer_provider(mine)", "set_tracer_provider(mine)"],
+    ids=["as the module has it", "as it was imported before"],
+)
+def test_what_waits_attaches_to_the_provider_that_is_set_later_and_says_what_is_missed(set_it):
+    said = run_later(
+        f"""
+        mine = TracerProvider(sampler=ALWAYS_OFF)
+        {set_it}
+        assert attached_to(mine) == [processor]
+        recall()
+        library.start_span("memory.retain").end()
+        print(*actions())
+        """
+    )
+    assert said[-2:] == ["recall", "retain"]
+    assert " ".join(said[:-2]) == "WARNING:There is no tracer provider yet."
+
+
+@needs_kept_tracers
+def test_a_tracer_of_the_provider_that_is_set_later_may_have_been_handed_out_before():
+    said = run_later(
+        """
+        mine = TracerProvider(sampler=ALWAYS_OFF)
+        early = mine.get_tracer("memory", "1.2")
+        trace.set_tracer_provider(mine)
+        early.start_span("memory.forget").end()
+        print(*actions())
+        """
+    )
+    assert said[-1:] == ["forget"]
+
+
+def test_what_waits_attaches_to_the_provider_that_a_variable_names():
+    assert run_later(
+        """
+        import os
+        os.environ["OTEL_PYTHON_TRACER_PROVIDER"] = "sdk_tracer_provider"
+        mine = trace.get_tracer_provider()
+        assert type(mine) is TracerProvider
+        recall()
+        print(*actions())
+        """
+    )[-1:] == ["recall"]
+
+
+def test_what_waits_is_found_by_who_asks_again_and_attaches_to_what_that_one_makes():
+    assert run_later(
+        """
+        assert attached_to(trace.get_tracer_provider()) == [processor]
+        assert configure_audit(create_provider=False, **arguments) is processor
+        assert configure_audit(**arguments) is processor
+        mine = trace.get_tracer_provider()
+        assert type(mine) is TracerProvider
+        assert attached_to(mine) == [processor]
+        recall()
+        print(*actions())
+        """
+    )[-1:] == ["recall"]
+
+
+def test_a_second_provider_changes_nothing():
+    assert run_later(
+        """
+        logging.disable(logging.WARNING)
+        mine, another = TracerProvider(), TracerProvider()
+        trace.set_tracer_provider(mine)
+        trace.set_tracer_provider(another)
+        assert (attached_to(mine), attached_to(another)) == ([processor], [])
+        recall()
+        print(*actions())
+        """
+    )[-1:] == ["recall"]
+
+
+def test_what_is_shut_down_before_attaches_to_nothing():
+    run_later(
+        """
+        processor.shutdown()
+        mine = TracerProvider()
+        trace.set_tracer_provider(mine)
+        recall()
+        assert attached_to(mine) == []
+        assert processor.stats()["refused_shutdown"] == 0
+        """
+    )
+
+
+def test_two_wait_and_a_failure_of_one_is_in_the_log_and_reaches_nobody():
+    said = run_later(
+        """
+        other = MemoryStorage()
+        second = configure_audit(storage=other, actions=["recall"], create_provider=False)
+        retiring = processor.exporter
+        type(retiring).selection = property(lambda self: 1 / 0 if self is retiring else self.__dict__["selection"])
+        mine = TracerProvider(sampler=ALWAYS_OFF)
+        trace.set_tracer_provider(mine)
+        assert storage.closed
+        assert attached_to(mine) == [second]
+        recall()
+        assert second.force_flush()
+        print(*[row.action for row in other.records])
+        """
+    )
+    assert said[-1] == "recall"
+    assert "ERROR:Nothing is audited:" in " ".join(said)
+
+
+def test_a_provider_that_takes_no_processors_is_said_where_it_is_set_later():
+    said = run_later(
+        """
+        trace.set_tracer_provider(trace.NoOpTracerProvider())
+        assert storage.closed
+        recall()
+        """
+    )
+    assert "ERROR:Nothing is audited:" in " ".join(said)
+
+
+def test_an_api_that_does_not_say_when_a_provider_is_set_is_refused():
+    assert run(
+        """
+        from opentelemetry import trace
+        del trace._set_tracer_provider
+        from astrocyte_otel_audit import ConfigurationError, configure_audit
+        from tests.support import MemoryStorage
+
+        storage = MemoryStorage()
+        try:
+            configure_audit(storage=storage, actions="*", create_provider=False)
+        except ConfigurationError as refused:
+            print(refused.source, storage.closed)
+        """
+    ) == ["create_provider", "True"]
 
 
 # What can't be used.

@@ -213,6 +213,21 @@ def test_what_waits_and_what_was_written_is_counted(observed, provider, read, tm
     assert read("audit.records.dropped") == NOTHING_DROPPED
 
 
+def test_a_meter_provider_without_a_hash_will_do(observed, provider):
+    reader = InMemoryMetricReader()
+
+    class Unhashable(MeterProvider):  # as logfire's is
+        __hash__ = None
+
+    meters = Unhashable([reader], shutdown_on_exit=False)
+    processor = observed(meter_provider=meters)
+    emit(provider)
+    assert processor.force_flush(FLUSH_MILLIS)
+    [resource] = reader.get_metrics_data().resource_metrics
+    assert "audit.records.emitted" in {each.name for each in resource.scope_metrics[0].metrics}
+    meters.shutdown()
+
+
 def test_what_a_parked_tenant_waits_for_is_in_the_queue(observed, provider, read, storage):
     storage.parked[None] = NO_TABLE
     processor = observed()
