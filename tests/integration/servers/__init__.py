@@ -1,0 +1,1 @@
+"""How servers end, and what is in the table then."""
