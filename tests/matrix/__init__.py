@@ -1,0 +1,1 @@
+"""The ends of what is supported, proved: `make matrix`."""
