@@ -148,3 +148,19 @@ def test_a_wrong_setting_is_said_in_one_line_and_the_application_starts(tmp_path
     ended = run_instrumented(tmp_path, OTEL_ASTROCYTE_AUDIT_ACTIONS="recall", OTEL_ASTROCYTE_AUDIT_MIGRATE="perhaps")
     assert ended.stdout == "done\n"
     assert "OTEL_ASTROCYTE_AUDIT_MIGRATE" in ended.stderr
+
+
+@pytest.mark.parametrize(("variables", "sampler"), [("pipeline", "always_off"), ("exporter", "always_on")])
+def test_the_example_without_code_leaves_its_rows(database, tmp_path, variables, sampler):
+    example = Path(__file__).parents[2] / "examples" / "without_code"
+    instrument = Path(sys.executable).with_name("opentelemetry-instrument")
+    script = f'set -a; . "{example}/{variables}.env"; OTEL_TRACES_SAMPLER={sampler}; set +a; exec "$@"'
+    ended = subprocess.run(
+        ["sh", "-c", script, "sh", str(instrument), sys.executable, str(example / "app.py")],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OTEL_ASTROCYTE_AUDIT_DSN": database},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "hits: 1\n"), ended.stderr
+    assert ("best-effort" in ended.stderr) is (variables == "exporter")
+    sampled = sampler == "always_on"
+    assert rows(database) == [("retain", "user-calvin", sampled), ("recall", "user-calvin", sampled)]
