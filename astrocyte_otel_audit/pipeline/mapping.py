@@ -14,6 +14,7 @@ from astrocyte_otel_audit import attributes
 from astrocyte_otel_audit.errors import ConfigurationError
 from astrocyte_otel_audit.normalize import REDACTED, Normalizer
 from astrocyte_otel_audit.payload_values import TOKEN
+from astrocyte_otel_audit.pipeline.captured import text_of
 from astrocyte_otel_audit.pipeline.pattern import (
     ACTION_WORD,
     Conditions,
@@ -212,5 +213,5 @@ def _filled(template: str, values: Mapping[str, Any]) -> str | None:
 
 def _token(value: object) -> str | None:
     """Return a value that is short and no text."""
-    text = str(value) if isinstance(value, (str, int, float)) else ""
-    return text if TOKEN.fullmatch(text) else None
+    text = text_of(value) if isinstance(value, (str, int, float)) else None
+    return text if text is not None and TOKEN.fullmatch(text) else None

@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind
 
 from astrocyte_otel_audit.errors import ConfigurationError
+from astrocyte_otel_audit.pipeline.captured import text_of
 
 #: One, or several of which one has to match.
 Names: TypeAlias = str | Sequence[str]
@@ -164,7 +165,7 @@ def _text(value: object) -> str:
     """Return a value as patterns see it: of a long text its beginning, so that no value makes a match slow."""
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value)[:_MAX_VALUE] if isinstance(value, (int, float, str)) else ""
+    return (text_of(value) or "")[:_MAX_VALUE] if isinstance(value, (str, int, float)) else ""
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -28,10 +28,12 @@ from astrocyte_otel_audit import (
     ConfigurationError,
     Normalizer,
     SpanMapping,
+    SpanPattern,
     audit_operation,
     audit_scope,
     audited,
     configure_audit,
+    enrich_astrocyte,
     get_default_audit_logger,
     set_default_audit_logger,
 )
@@ -318,3 +320,29 @@ def errors() -> None:
         raise wrong_value from of_ours
     except AuditUnavailableError:
         pass
+
+
+# Spans of others: patterns and mappings, and what a deployment says of them.
+
+reflect = SpanPattern(span_name="memory.reflect", scope=["memory"], kind="internal", root=None)
+mapping = SpanMapping(
+    span_name=["memory.recall", "memory.search"],
+    action="recall",
+    required={"memory.op": ["read", "search"]},
+    not_inside=[reflect],
+    bank_id="memory.bank",
+    request={"top_k": ("memory.limit", "memory.k")},
+    response=["memory.hits"],
+    failure_when=["error.type"],
+    unset_outcome="unknown",
+)
+
+
+def enabled_for(action: str, bank_id: str | None) -> bool | None:
+    return None
+
+
+configure_audit(mappings=[mapping, "gen_ai", {"span_name": "memory.{action}"}], enabled_for=enabled_for)
+configure_audit(actor_baggage=["enduser.id"])
+SpanMapping(unset_outcome="perhaps")  # type: ignore[arg-type]
+undo: Callable[[], None] = enrich_astrocyte(object())

@@ -1,5 +1,6 @@
 """`SpanMapping`: which spans of other libraries it takes, and what it reads from them."""
 
+import enum
 import re
 
 import pytest
@@ -152,6 +153,21 @@ def test_a_span_that_begins_its_trace_is_told_from_one_that_does_not(provider, r
         pass
     found = [record_of(span, mapping) for span in (outer, inner)]
     assert [record.action for record in found if record is not None] == rows
+
+
+class Operation(str, enum.Enum):  # noqa: UP042 - unlike a StrEnum, its str() is its name
+    READ = "read"
+
+    def __str__(self):
+        raise AssertionError("asked for its own idea of itself")
+
+
+def test_a_value_out_of_an_enum_of_strings_is_that_string():
+    attributes = {"memory.op": Operation.READ}
+    mapping = SpanMapping(action="{memory.op}", required={"memory.op": "read"}, failure_when={"memory.op": "r*"})
+    assert mapping.has_required(attributes)
+    assert mapping.action_of(None, attributes) == "read"
+    assert mapping.outcome_of(StatusCode.UNSET, attributes) == ("failure", "read")
 
 
 def test_a_mapping_that_does_not_fit_leaves_the_span_to_the_next(span):
