@@ -289,8 +289,9 @@ def test_what_is_wrong_with_a_variable_names_the_variable(configure, caplog, mon
 
 
 def test_without_a_tracer_provider_the_file_is_told_what_to_add(configure, caplog, monkeypatch):
-    monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
-    path = configure({"dsn": NOBODY, "actions": ["recall"]})
+    with monkeypatch.context() as patched:  # undone before the fixture's own
+        patched.setattr(trace, "_TRACER_PROVIDER", None)
+        path = configure({"dsn": NOBODY, "actions": ["recall"]})
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"Nothing is audited: tracer_provider in {path}: there is none to attach")
 

@@ -304,16 +304,17 @@ class TestAnExpectation:
 class TestNothingIsLeft:
     def test_of_provider_tracer_normalizer_or_thread(self):
         def state():
-            threads = {thread.name for thread in threading.enumerate()}
             tracer = type(emitted._tracer)
-            return trace._TRACER_PROVIDER, trace._TRACER_PROVIDER_SET_ONCE, tracer, emitted._default_normalizer, threads
+            return trace._TRACER_PROVIDER, trace._TRACER_PROVIDER_SET_ONCE, tracer, emitted._default_normalizer
 
-        before = state()
+        before, threads = state(), set(threading.enumerate())  # other tests may have left some of the same name
         with record_audit(normalizer=Normalizer(strict=True)) as log:
             during = state()
             recall("q", "b")
+            assert set(threading.enumerate()) - threads
         assert all(a != b for a, b in zip(before, during, strict=True))
         assert state() == before
+        assert not set(threading.enumerate()) - threads
         recall("q", "c")
         assert [record.bank_id for record in log.records] == ["b"]
 
